@@ -1,0 +1,71 @@
+# Every target works on a fresh clone: those that need the environments depend on `setup`, which takes a second when
+# there is nothing to do. Variables (also from the environment), all optional:
+#   VENV, PYTHON              orchestrator environment (.venv) and its Python, 3.11 to 3.13
+#   ENGINE                    auto | cpu | cuda | none     ENGINE_VENV, ENGINE_BASE_PYTHON  engine environment (.venv-engine)
+#   MODEL_CACHE               folder of the demo models (.models)
+#   INSTALLER                 auto | uv | pip              TORCH_INDEX_URL  index with torch's processor build
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.SUFFIXES:
+.NOTPARALLEL:
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+# The product reads these two as well; there a relative path would hang on the working folder.
+ifneq ($(MODEL_CACHE),)
+override MODEL_CACHE := $(abspath $(MODEL_CACHE))
+export MODEL_CACHE
+endif
+ifneq ($(ENGINE_VENV),)
+export ENGINE_PYTHON ?= $(abspath $(ENGINE_VENV))/bin/python
+endif
+
+.PHONY: help setup demo up test test-no-engine lint types bench screenshots lock clean distclean
+
+help:  ## list the targets
+	@echo "make <target>:"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+
+setup:  ## environments, project and demo models; does only what is missing
+	@python3 scripts/setup.py --venv "$(VENV)"
+
+demo: setup  ## a real batch of 40 questions through the whole stack, then stop it
+	@$(BIN)/python scripts/demo.py
+
+up: setup  ## start the API, Dagster and the engine manager; Ctrl-C stops all of it
+	@$(BIN)/vllm-batch up
+
+# One line before each tool, so that a long log says which one failed.
+lint: setup  ## ruff, its formatter, and the layers
+	@echo "== ruff check" && $(BIN)/ruff check .
+	@echo "== ruff format" && $(BIN)/ruff format --check .
+	@echo "== lint-imports" && $(BIN)/lint-imports
+
+types: setup  ## mypy, strict
+	@echo "== mypy" && $(BIN)/mypy
+
+test: lint types  ## lint, types and every test, the real engine included
+	@echo "== pytest, $$($(BIN)/python -V)" && $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-no-engine: export ENGINE := none
+test-no-engine: setup  ## the tests that need no vLLM, for the other Pythons
+	@echo "== pytest without the engine, $$($(BIN)/python -V)" && \
+	  $(BIN)/python -m pytest -m "not engine" --ignore=tests/e2e $(PYTEST_ARGS)
+
+bench: setup  ## measure against vLLM's own run_batch; writes bench/results/
+	@$(BIN)/python -m bench
+
+screenshots: setup  ## take the pictures of docs/ with a real browser
+	@$(BIN)/python scripts/screenshots.py
+
+lock: setup  ## compile requirements/*.in again; LOCK_ARGS=--upgrade raises the versions
+	@$(BIN)/python scripts/lock.py $(LOCK_ARGS)
+
+clean:  ## delete caches; environments, models and state stay
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and delete the environments and the models; state stays
+	@rm -rf .venv .venv-engine .venv-3.* .models .setup.lock
