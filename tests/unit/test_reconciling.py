@@ -1,0 +1,86 @@
+"""What is launched for each state of a batch and of the graph."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_batch_dagster.core.models import Batch, Chunk, ChunkRange
+from vllm_batch_dagster.core.reconciling import (
+    AttemptPlan,
+    GraphState,
+    ShownResult,
+    Step,
+    decide_launches,
+    pause_after,
+    plan_attempt,
+    split_ranges,
+)
+from vllm_batch_dagster.core.states import BatchStatus
+
+BATCH = Batch("batch_1", "file_1", "/v1/chat/completions", "24h", BatchStatus.IN_PROGRESS, 0, 86_400)
+CHUNKS = [Chunk("batch_1", ChunkRange(index, index * 10, 10, 0, 1)) for index in range(4)]
+NOTHING = GraphState({})
+NOW = 1000.0
+
+
+def launched(batch: Batch, graph: GraphState, now: float = NOW) -> list[tuple[Step, tuple[int, int] | None]]:
+    return [(launch.step, launch.chunks) for launch in decide_launches(batch, CHUNKS, graph, now)]
+
+
+def test_the_path_of_a_batch() -> None:
+    assert launched(replace(BATCH, status=BatchStatus.VALIDATING), NOTHING) == [(Step.VALIDATE, None)]
+    assert launched(BATCH, NOTHING) == [(Step.INFER, (0, 3))]
+    assert launched(BATCH, GraphState({0: 5, 2: 6})) == [(Step.INFER, (1, 1)), (Step.INFER, (3, 3))]
+    assert launched(BATCH, GraphState({0: 5, 1: 6, 2: 7, 3: 8})) == [(Step.FINALIZE, None)]
+
+
+def test_nothing_while_a_run_is_active() -> None:
+    assert launched(BATCH, GraphState({}, active=True)) == []
+
+
+def test_a_finished_batch_is_merged_again_only_after_a_new_result() -> None:
+    done = replace(BATCH, status=BatchStatus.COMPLETED, result_version=4, merged_version=4)
+    assert launched(done, GraphState({0: 5, 1: 6, 2: 7, 3: 8})) == []
+    assert launched(replace(done, result_version=5), GraphState({0: 9, 1: 6, 2: 7, 3: 8})) == [(Step.FINALIZE, None)]
+
+
+def test_cancel_and_deadline_go_straight_to_the_merge() -> None:
+    assert launched(replace(BATCH, status=BatchStatus.CANCELLING), NOTHING) == [(Step.FINALIZE, None)]
+    assert launched(BATCH, NOTHING, now=86_400) == [(Step.FINALIZE, None)]
+
+
+def test_keys_change_only_with_the_number_of_ended_runs() -> None:
+    def keys(runs: int) -> list[str]:
+        return [launch.key for launch in decide_launches(BATCH, CHUNKS, GraphState({}, finished_runs=runs), NOW)]
+
+    assert keys(1) == keys(1)
+    assert keys(1) != keys(2)
+
+
+def test_repeated_failures_are_asked_for_less_and_less_often() -> None:
+    failed = GraphState({}, finished_runs=3, failures=3, last_ended=NOW)
+    assert launched(BATCH, failed, NOW + 5) == []
+    assert launched(BATCH, failed, NOW + 11) == [(Step.INFER, (0, 3))]
+    assert pause_after(100) == 600.0
+
+
+@given(st.sets(st.integers(0, 60)), st.integers(1, 8))
+def test_ranges_cover_exactly_the_missing_chunks(missing: set[int], parts: int) -> None:
+    ranges = split_ranges(sorted(missing), parts)
+    covered = [index for first, last in ranges for index in range(first, last + 1)]
+    assert covered == sorted(missing)
+    if len(missing) >= parts:
+        assert len(ranges) >= min(parts, len(missing)) // 2
+
+
+def test_what_a_run_does_with_a_chunk() -> None:
+    new = CHUNKS[0]
+    published = replace(new, epoch=2, base_epoch=1, published_epoch=2)
+    resumed = replace(new, epoch=3, base_epoch=3, published_epoch=2)
+    assert plan_attempt(new, None) is AttemptPlan.RESUME
+    assert plan_attempt(resumed, ShownResult(2, answers_this_request=False)) is AttemptPlan.RESUME
+    assert plan_attempt(published, None) is AttemptPlan.REPORT
+    assert plan_attempt(published, ShownResult(1, answers_this_request=True)) is AttemptPlan.REPORT
+    assert plan_attempt(published, ShownResult(2, answers_this_request=True)) is AttemptPlan.SKIP
+    assert plan_attempt(published, ShownResult(2, answers_this_request=False)) is AttemptPlan.REPEAT

@@ -1,0 +1,74 @@
+"""Every exception of the product, in one tree. Raised at any step of the data path, mapped to HTTP once (api_shim).
+
+BatchError
+├── InvalidInput            the caller sent something wrong: says which field and how to mend it
+├── NotFound                no such file, batch or chunk
+├── StateConflict           the object is in a state that does not allow the call
+│   └── StaleAttempt        a newer attempt owns the chunk: this one must stop without publishing
+├── StorageFailure          bytes could not be stored or read back
+│   └── CorruptJournal      a record in the middle of a journal fails its checksum
+├── ConfigurationError      a setting, a model entry or the installation is wrong
+└── EngineFailure           the engine cannot answer
+    ├── EngineUnavailable   connection refused, reset, shutting down: answers in flight are void, try again
+    ├── EngineStartFailed   the server never became ready: carries the last lines of its log
+    └── EngineBusy          another model holds the engine and is not idle
+"""
+
+
+class BatchError(Exception):
+    """Root of the tree. Catch this to catch everything that the product raises on purpose."""
+
+
+class InvalidInput(BatchError):
+    """The caller's request is wrong. `param` and `code` are OpenAI's (error envelope, contract E.1)."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class NotFound(BatchError):
+    """No such object. `kind` is the API's word for it: file, batch, chunk."""
+
+    def __init__(self, kind: str, object_id: str) -> None:
+        super().__init__(f"no {kind} with id {object_id}")
+        self.kind = kind
+        self.object_id = object_id
+
+
+class StateConflict(BatchError):
+    """The object is in a state that does not allow this call; nothing was changed."""
+
+
+class StaleAttempt(StateConflict):
+    """A newer attempt at the chunk exists. The holder of this one stops without publishing (design section 5)."""
+
+
+class StorageFailure(BatchError):
+    """Bytes could not be written durably or read back."""
+
+
+class CorruptJournal(StorageFailure):
+    """A journal record before the tail fails its checksum. A torn tail is not corruption: it is dropped."""
+
+
+class ConfigurationError(BatchError):
+    """A setting, a model entry or the installation is wrong. The message says the mend."""
+
+
+class EngineFailure(BatchError):
+    """The engine cannot answer."""
+
+
+class EngineUnavailable(EngineFailure):
+    """No answer came: connection refused or reset, engine shutting down. Safe to send again."""
+
+
+class EngineStartFailed(EngineFailure):
+    """The engine's process ended or did not become ready in time. The message ends with its log's last lines."""
+
+
+class EngineBusy(EngineFailure):
+    """Another model holds the engine's slot and still has users."""

@@ -1,0 +1,221 @@
+"""What the stages need from the outside world. Each Protocol is implemented by one adapter and by one in-memory twin.
+
+The contract tests (tests/contract) run the same behaviour on every implementation.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from vllm_batch_dagster.core.models import (
+    Attempt,
+    Batch,
+    Chunk,
+    ChunkRange,
+    ChunkSummary,
+    File,
+    Model,
+    Page,
+    Usage,
+)
+from vllm_batch_dagster.core.states import BatchEvent
+
+
+class FileRecords(Protocol):
+    """The file table of the batch store."""
+
+    def add(self, file: File) -> None:
+        """Store the record durably before returning."""
+
+    def get(self, file_id: str) -> File:
+        """Raises NotFound("file", id), also for a deleted file."""
+
+    def list(
+        self,
+        *,
+        purpose: str | None = None,
+        after: str | None = None,
+        limit: int = 10_000,
+        order: str = "desc",
+    ) -> Page[File]:
+        """Ordered by (created_at, insertion), `order` asc or desc. `after` is exclusive. Unknown `after`: NotFound."""
+
+    def delete(self, file_id: str) -> None:
+        """Raises NotFound."""
+
+
+class BatchRecords(Protocol):
+    """The batch table: every status change is a compare-and-set with its outbox event in one transaction."""
+
+    def add(self, batch: Batch) -> None:
+        """Store a new batch durably."""
+
+    def get(self, batch_id: str) -> Batch:
+        """Raises NotFound. `counts` (but for the total) and `usage` of an open batch that has chunks are the sums of
+        what its chunks mirror."""
+
+    def list(self, *, after: str | None = None, limit: int = 20) -> Page[Batch]:
+        """Newest first. `after` is exclusive. Unknown `after`: NotFound."""
+
+    def open(self) -> Sequence[Batch]:
+        """Batches that need attention: not terminal, or with results newer than their merge. Oldest first."""
+
+    def advance(
+        self, batch_id: str, event: BatchEvent, now: int, *, files: Sequence[File] = (), **changes: object
+    ) -> Batch:
+        """Apply `event` and the field `changes` if the state machine allows it, add the records of `files`, and
+        write an outbox event when the new status is terminal: all in one transaction. The timestamp field of the
+        new status becomes max(now, every earlier timestamp). Raises StateConflict, NotFound."""
+
+    def amend(self, batch_id: str, *, files: Sequence[File] = (), **changes: object) -> Batch:
+        """Change fields and add the records of `files` without changing the status (a merge after a rerun).
+        Raises NotFound."""
+
+
+class ChunkRecords(Protocol):
+    """Chunks and their attempts."""
+
+    def plan(self, batch_id: str, ranges: Sequence[ChunkRange]) -> None:
+        """Insert the chunks of a batch. Doing it again with the same ranges changes nothing."""
+
+    def list(self, batch_id: str) -> Sequence[Chunk]:
+        """In index order; empty when not planned."""
+
+    def get(self, batch_id: str, index: int) -> Chunk:
+        """Raises NotFound."""
+
+    def begin(self, batch_id: str, index: int, *, fresh: bool, run_id: str, now: int) -> Attempt:
+        """Take the next epoch. `fresh` forgets earlier journals (base_epoch = epoch, engine_failures = 0)."""
+
+    def report(self, attempt: Attempt, completed: int, failed: int, usage: Usage) -> None:
+        """Mirror the progress of an attempt. Raises StaleAttempt when a newer epoch exists."""
+
+    def publish(self, attempt: Attempt, summary: ChunkSummary, now: int) -> None:
+        """Make the attempt's result the chunk's, and raise the batch's result_version, in one transaction.
+        Raises StaleAttempt when a newer epoch exists. Publishing the same attempt twice changes nothing."""
+
+    def give_back(self, attempt: Attempt, outcome: str, now: int) -> None:
+        """Record how an attempt ended without publishing: engine_failure, stopped, error. engine_failure raises
+        `engine_failures` by one. A stale attempt is only recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxEvent:
+    """One record per terminal status, for webhooks and other deliveries."""
+
+    id: str
+    batch_id: str
+    type: str
+    created_at: int
+
+
+class BatchStore(Protocol):
+    """The meeting point of the shim and Dagster."""
+
+    @property
+    def files(self) -> FileRecords: ...
+    @property
+    def batches(self) -> BatchRecords: ...
+    @property
+    def chunks(self) -> ChunkRecords: ...
+
+    def events(self, batch_id: str) -> Sequence[OutboxEvent]:
+        """Outbox events of a batch, oldest first."""
+
+
+class StoredFile(Protocol):
+    """A file being written. Nothing is visible under its id until `commit`."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def commit(self) -> tuple[int, str]:
+        """fsync, rename into place, fsync the folder. Returns (bytes, sha256 hex)."""
+
+    def discard(self) -> None:
+        """Remove the partial file. Harmless after commit."""
+
+
+class FileStore(Protocol):
+    """Contents of files by id, on local disk (S3 later)."""
+
+    def create(self, file_id: str) -> StoredFile: ...
+
+    def open(self, file_id: str) -> BinaryIO:
+        """A seekable reader. Raises NotFound."""
+
+    def delete(self, file_id: str) -> None:
+        """Harmless when absent."""
+
+
+class Workspace(Protocol):
+    """The folder of one batch: byte index, journals, chunk results. Local paths, because they are appended to."""
+
+    def index_path(self, batch_id: str) -> Path: ...
+    def journal_path(self, batch_id: str, chunk: int, epoch: int) -> Path: ...
+    def result_path(self, batch_id: str, chunk: int, epoch: int) -> Path: ...
+    def dataset_path(self, name: str, batch_id: str) -> Path: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One line for the engine. `body` is the user's bytes, untouched. Lower `priority` is served earlier."""
+
+    endpoint: str
+    body: bytes
+    request_id: str
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAnswer:
+    """What the engine said. `body` is its bytes, untouched; `seconds` the time from dispatch to the last byte."""
+
+    status: int
+    body: bytes
+    request_id: str
+    seconds: float
+
+
+class EngineLease(Protocol):
+    """A shared hold on a running engine for one model. While it is held, nobody swaps or stops the engine."""
+
+    @property
+    def window(self) -> int:
+        """How many requests to keep in flight: 2 x max_num_seqs (vllm-engine report D10)."""
+
+    async def send(self, request: EngineRequest) -> EngineAnswer:
+        """Any HTTP status is an answer. Raises EngineUnavailable when none will come (also when the engine dies
+        or is found dead while the request hangs)."""
+
+    async def recover(self) -> None:
+        """Return when the engine serves again, restarting it if we own it. Many callers at once cause one
+        restart. Raises EngineFailure when it cannot be brought back."""
+
+
+Report = Callable[[str], None]
+
+
+class EngineManager(Protocol):
+    """Starts, adopts, swaps and stops engines; or connects to those of somebody else."""
+
+    def lease(self, model: Model, report: Report) -> AbstractAsyncContextManager[EngineLease]:
+        """Make sure that `model` is served and hold it. `report` gets progress sentences while it starts.
+        Raises EngineFailure."""
+
+    def stop_idle(self, idle_seconds: float) -> str | None:
+        """Stop our engine if nobody has held it for `idle_seconds`. Returns the stopped model's name."""
+
+
+class Clock(Protocol):
+    """Wall clock in unix seconds."""
+
+    def __call__(self) -> float: ...
+
+
+class ModelCatalog(Protocol):
+    """Models that requests may name."""
+
+    def find(self, name: str) -> Model | None: ...
+    def all(self) -> Sequence[Model]: ...

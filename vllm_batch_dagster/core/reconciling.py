@@ -1,0 +1,133 @@
+"""Decides what the graph must run next for a batch: level-triggered, from states alone. Called by the sensors.
+
+Nothing here remembers anything: the same states always give the same launches, and a launch's key makes Dagster
+drop a repeat (dagster report section 3).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vllm_batch_dagster.core.models import Batch, Chunk, stop_reason
+from vllm_batch_dagster.core.states import BatchStatus
+
+
+class Step(StrEnum):
+    """A job of the graph."""
+
+    VALIDATE = "validate"
+    INFER = "infer"
+    FINALIZE = "finalize"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A run to ask for. `chunks` is (first, last), both included, of an INFER step."""
+
+    step: Step
+    batch_id: str
+    key: str
+    chunks: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GraphState:
+    """What Dagster knows of a batch.
+
+    `materialized` maps a chunk's index to the storage id of its newest materialization. `active` says that a run
+    of the batch is queued, running or about to be retried. `finished_runs` counts the runs that have ended,
+    `failures` those that failed since the last success, `last_ended` (unix seconds) is when the newest ended.
+    """
+
+    materialized: Mapping[int, int]
+    active: bool = False
+    finished_runs: int = 0
+    failures: int = 0
+    last_ended: float = 0.0
+
+
+_FREE_FAILURES = 3
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 10.0, 600.0
+
+
+def pause_after(failures: int) -> float:
+    """Return how long (seconds) to wait before asking again for a step that failed this often in a row.
+
+    Dagster itself retries twice at once; what still fails after that (a full disk, say) is asked for ever less often.
+    """
+    if failures < _FREE_FAILURES:
+        return 0.0
+    return float(min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2 ** min(failures - _FREE_FAILURES, 16)))
+
+
+def decide_launches(
+    batch: Batch, chunks: Sequence[Chunk], graph: GraphState, now: float, engine_slots: int = 1
+) -> Iterator[Launch]:
+    """Yield what must run now. While a run of the batch is active there is nothing to ask for."""
+    if graph.active or now < graph.last_ended + pause_after(graph.failures):
+        return
+    if batch.is_terminal and not batch.is_stale:
+        return
+    key = f"{batch.id}:{graph.finished_runs}"
+    missing = [chunk.index for chunk in chunks if chunk.index not in graph.materialized]
+    if stopping := stop_reason(batch, now):
+        yield Launch(Step.FINALIZE, batch.id, f"stop:{key}:{stopping.value}")
+    elif batch.status is BatchStatus.VALIDATING:
+        yield Launch(Step.VALIDATE, batch.id, f"validate:{key}")
+    elif missing and not batch.is_terminal:
+        for first, last in split_ranges(missing, engine_slots):
+            yield Launch(Step.INFER, batch.id, f"infer:{key}:{first}-{last}", (first, last))
+    else:
+        newest = max(graph.materialized.values(), default=0)
+        yield Launch(Step.FINALIZE, batch.id, f"merge:{key}@{newest}")
+
+
+def split_ranges(indexes: Sequence[int], parts: int) -> list[tuple[int, int]]:
+    """Group sorted `indexes` into contiguous ranges (first, last), at least `parts` of them where possible."""
+    per_part = max(1, -(-len(indexes) // max(1, parts)))
+    ranges: list[tuple[int, int]] = []
+    taken = 0
+    for index in indexes:
+        joins = bool(ranges) and index == ranges[-1][1] + 1 and taken < per_part
+        if joins:
+            ranges[-1] = (ranges[-1][0], index)
+        else:
+            ranges.append((index, index))
+            taken = 0
+        taken += 1
+    return ranges
+
+
+class AttemptPlan(StrEnum):
+    """What a chunk run does with one chunk."""
+
+    RESUME = "resume"
+    """No result yet, or an attempt did not finish: send what no journal answers."""
+    REPEAT = "repeat"
+    """The result is already shown by Dagster: a person asks for new answers."""
+    REPORT = "report"
+    """The result is published but Dagster never heard of it: only report it."""
+    SKIP = "skip"
+    """Already done and shown for this very request."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownResult:
+    """The newest materialization of a chunk: the attempt it shows, and whether it is younger than the request for
+    this run, or was made by an earlier run that this one retries."""
+
+    epoch: int
+    answers_this_request: bool
+
+
+def plan_attempt(chunk: Chunk, shown: ShownResult | None) -> AttemptPlan:
+    """Choose what a run does with `chunk`, given what Dagster shows of it (None: never materialized).
+
+    A result that is younger than the request answers it: so a retry never repeats what its forerunner finished, and
+    two requests for the same chunk cost one inference.
+    """
+    if not chunk.is_published or chunk.is_unfinished:
+        return AttemptPlan.RESUME
+    if shown is None or shown.epoch != chunk.published_epoch:
+        return AttemptPlan.REPORT
+    return AttemptPlan.SKIP if shown.answers_this_request else AttemptPlan.REPEAT
