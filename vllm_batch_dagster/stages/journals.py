@@ -1,0 +1,81 @@
+"""Journals of a chunk on disk: append with group commit while it runs, replay when it resumes or is sealed.
+
+An answer counts only after `write` returned: fsync first, acknowledge second (design section 3).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+from vllm_batch_dagster.core.errors import StorageFailure
+from vllm_batch_dagster.core.journal import PlacedRecord, read_records
+from vllm_batch_dagster.core.ports import Workspace
+from vllm_batch_dagster.core.results import ResultEntry
+from vllm_batch_dagster.stages.publication import sync_folder
+
+
+class JournalWriter:
+    """The journal of one attempt. Each `write` is one group commit."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        sync_folder(path.parent)
+
+    def write(self, records: Sequence[bytes]) -> None:
+        """Append encoded records and fsync. When it returns, they are durable.
+
+        Raises StorageFailure (disk full, input/output error); none of these records counts then.
+        """
+        try:
+            _write_all(self._descriptor, b"".join(records))
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            message = f"the journal could not be written: {error.strerror}; free space, then run the chunk again"
+            raise StorageFailure(message) from error
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def replay(
+    workspace: Workspace, batch_id: str, chunk: int, base_epoch: int, epoch: int
+) -> Iterator[tuple[int, PlacedRecord]]:
+    """Yield (epoch, record) from the journals of epochs `base_epoch`..`epoch`, oldest first. A line may come twice."""
+    for number in range(base_epoch, epoch + 1):
+        path = workspace.journal_path(batch_id, chunk, number)
+        if path.exists():
+            with path.open("rb") as journal:
+                for placed in read_records(journal):
+                    yield number, placed
+
+
+class JournalReader:
+    """Reads single answers of one chunk by their place. Journals are opened once and closed together."""
+
+    def __init__(self, workspace: Workspace, batch_id: str, chunk: int) -> None:
+        self._workspace, self._batch_id, self._chunk = workspace, batch_id, chunk
+        self._stack = ExitStack()
+        self._open: dict[int, BinaryIO] = {}
+
+    def __enter__(self) -> "JournalReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, entry: ResultEntry) -> bytes:
+        """Return the payload of the record at `entry`."""
+        if entry.epoch not in self._open:
+            path = self._workspace.journal_path(self._batch_id, self._chunk, entry.epoch)
+            self._open[entry.epoch] = self._stack.enter_context(path.open("rb"))
+        journal = self._open[entry.epoch]
+        journal.seek(entry.offset)
+        return journal.read(entry.length)

@@ -1,0 +1,263 @@
+"""Merges the published chunks of a batch into its output and error file, in input order, and ends the batch.
+
+Called by the `merged_output` asset: after the last chunk, after a rerun of one, and when a batch is cancelled or
+expires (then lines without an answer go to the error file with that reason). Streams: one line in memory at a time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from vllm_batch_dagster.core.byteindex import IndexEntry, read_count, read_entries
+from vllm_batch_dagster.core.errors import BatchError, StateConflict, StorageFailure
+from vllm_batch_dagster.core.histogram import Buckets, Histogram
+from vllm_batch_dagster.core.journal import decode_payload
+from vllm_batch_dagster.core.lines import read_request
+from vllm_batch_dagster.core.merging import (
+    Tally,
+    reconcile_files,
+    render_answer,
+    render_unanswered,
+)
+from vllm_batch_dagster.core.models import (
+    DEFAULT_FILE_LIFETIME_SECONDS,
+    OUTPUT_PURPOSE,
+    Batch,
+    Chunk,
+    File,
+    RequestCounts,
+    StopReason,
+    Usage,
+    stop_reason,
+)
+from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore, StoredFile, Workspace
+from vllm_batch_dagster.core.results import SUCCEEDED, UNANSWERED, read_results
+from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
+from vllm_batch_dagster.stages.attempts import ChunkAttempt
+from vllm_batch_dagster.stages.journals import JournalReader
+
+_ENDINGS = {
+    None: BatchEvent.PUBLISHED,
+    StopReason.CANCELLED: BatchEvent.STOPPED,
+    StopReason.EXPIRED: BatchEvent.DEADLINE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MergePorts:
+    """What a merge needs from the outside world. `new_id` makes a file id."""
+
+    store: BatchStore
+    files: FileStore
+    workspace: Workspace
+    clock: Clock
+    new_id: Callable[[], str]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge wrote. `tally` is the proof that every input line stands exactly once."""
+
+    batch: Batch
+    output: File | None
+    errors: File | None
+    counts: RequestCounts
+    usage: Usage
+    tally: Tally
+    inference_seconds: float
+    finish_reasons: dict[str, int]
+    output_lengths: Buckets
+
+
+def merge_batch(batch: Batch, ports: MergePorts, *, run_id: str) -> MergeReport:
+    """Write the files of `batch`, prove them against the byte index, register them and move the batch on.
+
+    Raises StateConflict when a chunk has no result yet and the batch is not stopping, StorageFailure when the proof
+    fails (then nothing is registered). Safe to repeat: every merge makes new files, the last one counts.
+    """
+    stopping = stop_reason(batch, ports.clock())
+    batch = _enter(batch, ports, stopping)
+    if stopping:
+        _seal_rest(batch, ports, stopping, run_id)
+    # Read before the chunks: a result published meanwhile must leave the batch stale, not look merged.
+    version = ports.store.batches.get(batch.id).result_version
+    chunks = ports.store.chunks.list(batch.id)
+    if missing := [chunk.index for chunk in chunks if not chunk.is_published]:
+        raise StateConflict(f"chunks {missing} of {batch.id} have no result yet: materialize chunk_results for them")
+    output, errors = _write_files(batch, chunks, ports)
+    files = tuple(filter(None, (output, errors)))
+    with _deleted_on_error(ports.files, files):
+        tally = _prove(batch, output, errors, ports)
+        counts, usage = _add_up(chunks)
+        changes = {"counts": counts, "usage": usage, "merged_version": version}
+        changes |= {
+            "output_file_id": output.id if output else None,
+            "error_file_id": errors.id if errors else None,
+        }
+        batch = _leave(batch, ports, stopping, files, changes)
+    return _report(batch, chunks, output, errors, counts, usage, tally)
+
+
+@contextmanager
+def _deleted_on_error(store: FileStore, files: Sequence[File]) -> Iterator[None]:
+    """Delete the contents of `files` when they could not be registered, so that nothing is left without an owner."""
+    try:
+        yield
+    except BatchError:
+        for file in files:
+            store.delete(file.id)
+        raise
+
+
+def _add_up(chunks: Sequence[Chunk]) -> tuple[RequestCounts, Usage]:
+    counts, usage = RequestCounts(), Usage()
+    for chunk in chunks:
+        assert chunk.summary is not None
+        counts, usage = counts + chunk.summary.counts, usage + chunk.summary.usage
+    return counts, usage
+
+
+def _enter(batch: Batch, ports: MergePorts, stopping: StopReason | None) -> Batch:
+    if batch.status is BatchStatus.IN_PROGRESS and stopping is None:
+        return ports.store.batches.advance(batch.id, BatchEvent.MERGE, int(ports.clock()))
+    if batch.status is BatchStatus.FAILED:
+        raise StateConflict(f"{batch.id} did not pass validation: there is nothing to merge")
+    return batch
+
+
+def _seal_rest(batch: Batch, ports: MergePorts, stopping: StopReason, run_id: str) -> None:
+    """Publish the chunks that a stopping batch leaves unfinished, as far as their journals go."""
+    for chunk in ports.store.chunks.list(batch.id):
+        if not chunk.is_published:
+            attempt = ChunkAttempt.begin(
+                ports.store,
+                ports.files,
+                ports.workspace,
+                batch,
+                chunk,
+                fresh=False,
+                run_id=run_id,
+                clock=ports.clock,
+            )
+            attempt.close()
+            attempt.publish(reason=stopping.value)
+
+
+def _write_files(batch: Batch, chunks: Sequence[Chunk], ports: MergePorts) -> tuple[File | None, File | None]:
+    with ExitStack() as stack:
+        output = stack.enter_context(_Sheet(ports, batch, "output"))
+        errors = stack.enter_context(_Sheet(ports, batch, "errors"))
+        for chunk in chunks:
+            for ok, line in merged_lines(batch, chunk, ports.files, ports.workspace):
+                (output if ok else errors).write(line)
+        return output.finish(), errors.finish()
+
+
+class _Sheet:
+    """One of the two files while it is written. It exists only if it has a line (contract D.3)."""
+
+    def __init__(self, ports: MergePorts, batch: Batch, kind: str) -> None:
+        self._ports, self._batch, self._kind = ports, batch, kind
+        self._id = ports.new_id()
+        self._stored: StoredFile | None = None
+
+    def __enter__(self) -> "_Sheet":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stored is not None:
+            self._stored.discard()
+
+    def write(self, line: bytes) -> None:
+        if self._stored is None:
+            self._stored = self._ports.files.create(self._id)
+        self._stored.write(line)
+
+    def finish(self) -> File | None:
+        if self._stored is None:
+            return None
+        size, digest = self._stored.commit()
+        now = int(self._ports.clock())
+        lifetime = self._batch.output_expires_after or DEFAULT_FILE_LIFETIME_SECONDS
+        name = f"{self._batch.id}_{self._kind}.jsonl"
+        return File(self._id, size, now, name, OUTPUT_PURPOSE, digest, now + lifetime)
+
+
+def merged_lines(batch: Batch, chunk: Chunk, files: FileStore, workspace: Workspace) -> Iterator[tuple[bool, bytes]]:
+    """Yield (belongs to the output file, rendered line) for each line of a published chunk, in input order."""
+    with ExitStack() as stack:
+        index = stack.enter_context(workspace.index_path(batch.id).open("rb"))
+        source = stack.enter_context(files.open(batch.input_file_id)) if _has_gaps(chunk) else None
+        with workspace.result_path(batch.id, chunk.index, chunk.published_epoch).open("rb") as packed:
+            results = read_results(packed)
+        journals = stack.enter_context(JournalReader(workspace, batch.id, chunk.index))
+        lines = read_entries(index, chunk.range.first_line, chunk.range.line_count)
+        for position, (entry, result) in enumerate(zip(lines, results.entries, strict=True)):
+            if result.outcome == UNANSWERED:
+                assert source is not None
+                custom_id = _custom_id(source, entry)
+                line = chunk.range.first_line + position
+                yield False, render_unanswered(batch.id, line, custom_id, results.reason)
+            else:
+                yield (
+                    result.outcome == SUCCEEDED,
+                    render_answer(batch.id, decode_payload(journals.read(result))),
+                )
+
+
+def _has_gaps(chunk: Chunk) -> bool:
+    summary = chunk.summary
+    return summary is None or sum(summary.error_codes.values()) > 0
+
+
+def _custom_id(source: BinaryIO, entry: IndexEntry) -> str:
+    source.seek(entry.offset)
+    return read_request(source.read(entry.length))[0]
+
+
+def _prove(batch: Batch, output: File | None, errors: File | None, ports: MergePorts) -> Tally:
+    """Read both files back and walk them beside the byte index. Raises StorageFailure when a line is not there once."""
+    with ExitStack() as stack:
+        sheets = [stack.enter_context(ports.files.open(file.id)) if file else () for file in (output, errors)]
+        if not ports.store.chunks.list(batch.id):
+            return Tally()
+        index = stack.enter_context(ports.workspace.index_path(batch.id).open("rb"))
+        expected = (entry.id_hash for entry in read_entries(index, 0, read_count(index)))
+        tally = reconcile_files(expected, *sheets)
+    if tally.problem:
+        raise StorageFailure(f"merge of {batch.id} refused: {tally.problem}; run its chunks again")
+    return tally
+
+
+def _leave(
+    batch: Batch,
+    ports: MergePorts,
+    stopping: StopReason | None,
+    files: Sequence[File],
+    changes: dict[str, Any],
+) -> Batch:
+    """Register the files and end the batch in one transaction, or replace the files of one that has ended."""
+    if batch.is_terminal:
+        return ports.store.batches.amend(batch.id, files=files, **changes)
+    return ports.store.batches.advance(batch.id, _ENDINGS[stopping], int(ports.clock()), files=files, **changes)
+
+
+def _report(
+    batch: Batch,
+    chunks: Sequence[Chunk],
+    output: File | None,
+    errors: File | None,
+    counts: RequestCounts,
+    usage: Usage,
+    tally: Tally,
+) -> MergeReport:
+    lengths, reasons = Histogram(), dict[str, int]()
+    seconds = 0.0
+    for chunk in chunks:
+        assert chunk.summary is not None
+        lengths.merge(chunk.summary.output_lengths)
+        seconds += chunk.summary.inference_seconds
+        for reason, count in chunk.summary.finish_reasons.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    return MergeReport(batch, output, errors, counts, usage, tally, seconds, reasons, lengths.buckets())

@@ -1,0 +1,240 @@
+"""Checks every line of an input file, writes its byte index and plans its chunks. No engine is touched.
+
+Called by the `validated_input` asset. One pass over the file, a second over the index only when ids may repeat.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from vllm_batch_dagster.core.byteindex import (
+    IndexEntry,
+    estimate_tokens,
+    pack_entry,
+    pack_header,
+    read_count,
+    read_entries,
+)
+from vllm_batch_dagster.core.chunking import plan_chunks
+from vllm_batch_dagster.core.duplicates import DuplicateFilter, repeated_lines
+from vllm_batch_dagster.core.errors import NotFound
+from vllm_batch_dagster.core.histogram import Buckets, Histogram
+from vllm_batch_dagster.core.lines import (
+    MAX_LINE_BYTES,
+    CheckedLine,
+    LineChecker,
+    hash_custom_id,
+    read_request,
+)
+from vllm_batch_dagster.core.models import Batch, ChunkRange, LineError, RequestCounts
+from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore, ModelCatalog, Workspace
+from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
+from vllm_batch_dagster.stages.publication import publish
+
+_DUPLICATE = (
+    "The custom_id for this request is a duplicate of another request. "
+    "The custom_id parameter must be unique for each request in a batch."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationLimits:
+    """`max_requests` 0 = no limit; `max_errors` bounds the list of errors, not the check."""
+
+    chunk_size: int
+    chunk_slots: int
+    max_requests: int = 0
+    max_errors: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationReport:
+    """What validation found. `chunks` is empty when there are `errors`; lengths are estimated tokens."""
+
+    lines: int
+    bytes: int
+    model: str | None
+    errors: tuple[LineError, ...]
+    chunks: tuple[ChunkRange, ...]
+    lengths: Buckets
+
+
+def validate_batch(
+    batch: Batch,
+    store: BatchStore,
+    files: FileStore,
+    workspace: Workspace,
+    catalog: ModelCatalog,
+    limits: ValidationLimits,
+    clock: Clock,
+) -> ValidationReport:
+    """Validate the input of `batch` and move the batch to `in_progress` or `failed`.
+
+    Doing it again for a batch that is past validation rewrites the same index and changes nothing else.
+    """
+    report = inspect_input(batch, store, files, workspace, catalog, limits, clock)
+    if batch.status is not BatchStatus.VALIDATING:
+        return report
+    now = int(clock())
+    if report.errors:
+        store.batches.advance(batch.id, BatchEvent.INVALID, now, errors=report.errors)
+    else:
+        store.chunks.plan(batch.id, report.chunks)
+        counts = RequestCounts(total=report.lines)
+        store.batches.advance(batch.id, BatchEvent.PLANNED, now, counts=counts, model=report.model)
+    return report
+
+
+def inspect_input(
+    batch: Batch,
+    store: BatchStore,
+    files: FileStore,
+    workspace: Workspace,
+    catalog: ModelCatalog,
+    limits: ValidationLimits,
+    clock: Clock,
+) -> ValidationReport:
+    """Check the input and write its byte index, without changing the batch."""
+    try:
+        record = store.files.get(batch.input_file_id)
+        if record.expires_at is not None and record.expires_at <= clock():
+            raise NotFound("file", record.id)
+        source = files.open(record.id)
+    except NotFound:
+        return _reject(
+            "invalid_request",
+            f"Cannot find file {batch.input_file_id}, or it has expired.",
+            param="file_id",
+        )
+    with source:
+        if record.purpose != "batch":
+            message = f"Input file must have purpose 'batch', but it has purpose '{record.purpose}'."
+            return _reject("invalid_request", message, param="file_id")
+        inspection = _Inspection(batch, record.bytes, limits, catalog)
+        return inspection.run(source, workspace.index_path(batch.id))
+
+
+def _reject(code: str, message: str, param: str | None = None) -> ValidationReport:
+    return ValidationReport(0, 0, None, (LineError(code, message, param, None),), (), ())
+
+
+class _Inspection:
+    """One pass over one input file."""
+
+    def __init__(self, batch: Batch, size: int, limits: ValidationLimits, catalog: ModelCatalog) -> None:
+        self._limits, self._size = limits, size
+        self._checker = LineChecker(batch.endpoint, _resolver(catalog))
+        self._duplicates = DuplicateFilter(size)
+        self._lengths = Histogram()
+        self._errors: list[LineError] = []
+        self._lines = 0
+
+    def run(self, source: BinaryIO, index_path: Path) -> ValidationReport:
+        # The line count is known only at the end, so the header is written twice.
+        with publish(index_path) as index:
+            index.write(pack_header(0))
+            for entry in self._entries(source):
+                index.write(pack_entry(entry))
+            index.seek(0)
+            index.write(pack_header(self._lines))
+        with index_path.open("rb") as packed:
+            self._find_duplicates(packed, source)
+            return self._conclude(packed)
+
+    def _entries(self, source: BinaryIO) -> Iterator[IndexEntry]:
+        """Yield an entry for every good line; collect the errors of the others."""
+        for number, offset, raw in _numbered_lines(source):
+            checked = self._checker.check(raw, number)
+            if not isinstance(checked, CheckedLine):
+                self._errors.extend(checked[: max(0, self._limits.max_errors - len(self._errors))])
+                continue
+            id_hash, tokens = hash_custom_id(checked.custom_id), estimate_tokens(checked.body)
+            self._duplicates.add(id_hash)
+            self._lengths.add(tokens)
+            self._lines += 1
+            yield IndexEntry(offset, len(raw), id_hash, tokens)
+
+    def _find_duplicates(self, packed: BinaryIO, source: BinaryIO) -> None:
+        """Settle the suspects of the filter: repeated hashes by position, then by the ids themselves."""
+        if not self._duplicates.suspects:
+            return
+        entries = read_entries(packed, 0, read_count(packed))
+        repeats = set(repeated_lines((entry.id_hash for entry in entries), self._duplicates.suspects))
+        if not repeats:
+            return
+        hashes = {entry.id_hash for line, entry in enumerate(self._all(packed)) if line in repeats}
+        seen: set[str] = set()
+        numbers = _line_numbers(source)
+        for entry in self._all(packed):
+            if entry.id_hash in hashes:
+                source.seek(entry.offset)
+                custom_id, _body = read_request(source.read(entry.length))
+                if len(self._errors) >= 2 * self._limits.max_errors:
+                    return
+                if custom_id in seen:
+                    number = numbers(entry.offset)
+                    self._errors.append(LineError("duplicate_custom_id", _DUPLICATE, "custom_id", number))
+                seen.add(custom_id)
+
+    @staticmethod
+    def _all(packed: BinaryIO) -> Iterator[IndexEntry]:
+        return read_entries(packed, 0, read_count(packed))
+
+    def _conclude(self, packed: BinaryIO) -> ValidationReport:
+        if not self._lines and not self._errors:
+            message = "The input file is empty. Please ensure that the batch contains at least one request."
+            return _reject("empty_file", message, "input_file_id")
+        most = self._limits.max_requests
+        if most and self._lines > most:
+            message = f"The file holds {self._lines} requests; at most {most} are allowed in a batch. Split the file."
+            return _reject("too_many_requests", message, "input_file_id")
+        errors = tuple(sorted(self._errors, key=lambda error: error.line or 0)[: self._limits.max_errors])
+        chunks: tuple[ChunkRange, ...] = ()
+        if not errors:
+            limits = self._limits
+            planned = plan_chunks(self._all(packed), self._lines, limits.chunk_size, limits.chunk_slots)
+            chunks = tuple(planned)
+        return ValidationReport(self._lines, self._size, self._checker.model, errors, chunks, self._lengths.buckets())
+
+
+def _resolver(catalog: ModelCatalog) -> Callable[[str], str | None]:
+    """Return a look-up of canonical model names that asks the catalogue once per name."""
+    known: dict[str, str | None] = {}
+
+    def resolve(name: str) -> str | None:
+        if name not in known:
+            model = catalog.find(name)
+            known[name] = model.name if model else None
+        return known[name]
+
+    return resolve
+
+
+def _numbered_lines(source: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (1-based number, offset, bytes without the line's end) of the lines that are not blank."""
+    source.seek(0)
+    offset = number = 0
+    while line := source.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        raw = line.rstrip(b"\r\n")
+        if raw.strip():
+            yield number, offset, raw
+        offset += len(line)
+
+
+def _line_numbers(source: BinaryIO) -> Callable[[int], int]:
+    """Return a function from ascending offsets to line numbers. It reads the file at most once, and only when asked."""
+    state = {"offset": 0, "number": 1}
+
+    def number_of(offset: int) -> int:
+        source.seek(state["offset"])
+        left = offset - state["offset"]
+        while left > 0:
+            block = source.read(min(left, 1 << 20))
+            state["number"] += block.count(b"\n")
+            left -= len(block)
+        state["offset"] = offset
+        return state["number"]
+
+    return number_of
