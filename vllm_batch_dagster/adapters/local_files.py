@@ -1,0 +1,115 @@
+"""Contents of files and the working folder of a batch, on local disk. Called by the stages through their ports.
+
+files/<file id>                                        contents, published whole
+files/.tmp/<file id>.<random>                          contents that are still arriving
+batches/<batch>/index.bin                              byte index of the input
+batches/<batch>/journal/<chunk>/<epoch>.jsonl          answers of one attempt
+batches/<batch>/results/<chunk>.<epoch>.idx            the published result of an attempt
+datasets/<name>/batch=<batch>/                         a data set, one folder per batch
+"""
+
+import hashlib
+import re
+import secrets
+from pathlib import Path
+from typing import BinaryIO
+
+from vllm_batch_dagster.core.errors import InvalidInput, NotFound, StorageFailure
+from vllm_batch_dagster.core.ports import StoredFile
+from vllm_batch_dagster.stages.publication import Draft, make_folder, unwritable
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
+
+
+class LocalFiles:
+    """The file store in one folder, which is created when the first file comes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def create(self, file_id: str) -> StoredFile:
+        """Raises InvalidInput for an id that is no file name, StorageFailure when the disk refuses."""
+        target = self._folder / check_id(file_id)
+        drafts = make_folder(self._folder / ".tmp")
+        return _ArrivingFile(target, drafts / f"{file_id}.{secrets.token_hex(8)}")
+
+    def open(self, file_id: str) -> BinaryIO:
+        """Raises NotFound, and StorageFailure when the file is there but cannot be read."""
+        if not _ID.fullmatch(file_id):
+            raise NotFound("file", file_id)
+        path = self._folder / file_id
+        try:
+            return path.open("rb")
+        except FileNotFoundError:
+            raise NotFound("file", file_id) from None
+        except OSError as error:
+            raise StorageFailure(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
+
+    def delete(self, file_id: str) -> None:
+        """Harmless when absent. Raises StorageFailure when the file cannot be removed."""
+        if not _ID.fullmatch(file_id):
+            return
+        path = self._folder / file_id
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageFailure(f"{path} cannot be removed: {error.strerror}.") from error
+
+
+class _ArrivingFile:
+    """Contents on their way to the disk, hashed as they pass."""
+
+    def __init__(self, target: Path, temporary: Path) -> None:
+        self._target = target
+        self._draft = Draft(target, temporary)
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: bytes) -> None:
+        """Raises StorageFailure; the file can then only be discarded."""
+        try:
+            self._draft.file.write(data)
+        except OSError as error:
+            self._draft.discard()
+            raise unwritable(self._target, error) from error
+        self._hash.update(data)
+        self._size += len(data)
+
+    def commit(self) -> tuple[int, str]:
+        """Return (bytes, sha256 hex). Raises StorageFailure."""
+        self._draft.commit()
+        return self._size, self._hash.hexdigest()
+
+    def discard(self) -> None:
+        self._draft.discard()
+
+
+class LocalWorkspace:
+    """The working folders. Every `*_path` creates the folders above the path, never the path itself.
+
+    All of them raise InvalidInput for an id that is no file name, StorageFailure when the disk refuses.
+    """
+
+    def __init__(self, batches_folder: Path, datasets_folder: Path) -> None:
+        self._batches, self._datasets = batches_folder, datasets_folder
+
+    def index_path(self, batch_id: str) -> Path:
+        return make_folder(self._batches / check_id(batch_id)) / "index.bin"
+
+    def journal_path(self, batch_id: str, chunk: int, epoch: int) -> Path:
+        folder = self._batches / check_id(batch_id) / "journal" / f"{chunk:04d}"
+        return make_folder(folder) / f"{epoch:06d}.jsonl"
+
+    def result_path(self, batch_id: str, chunk: int, epoch: int) -> Path:
+        folder = self._batches / check_id(batch_id) / "results"
+        return make_folder(folder) / f"{chunk:04d}.{epoch:06d}.idx"
+
+    def dataset_path(self, name: str, batch_id: str) -> Path:
+        return make_folder(self._datasets / check_id(name)) / f"batch={check_id(batch_id)}"
+
+
+def check_id(text: str) -> str:
+    """Return `text` if it can be a file name that stays in its folder. Raises InvalidInput."""
+    if not _ID.fullmatch(text):
+        raise InvalidInput(f"{text[:100]!r} is not an id: only letters, digits, '_' and '-' are allowed, at most 200.")
+    return text

@@ -1,0 +1,124 @@
+"""The first schema: files, batches, chunks, attempts and the outbox.
+
+Frozen: a migration says what a table was at its time, so it repeats schema.py instead of importing it.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+_Number = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+_NEEDS_ATTENTION = "status NOT IN ('failed', 'completed', 'expired', 'cancelled') OR result_version <> merged_version"
+
+
+def upgrade() -> None:
+    _create_files()
+    _create_batches()
+    _create_chunks()
+    _create_attempts()
+    _create_events()
+
+
+def downgrade() -> None:
+    for table in ("events", "attempts", "chunks", "batches", "files"):
+        op.drop_table(table)
+
+
+def _numbers(*names: str, nullable: bool = False) -> list[sa.Column[int]]:
+    return [sa.Column(name, _Number, nullable=nullable) for name in names]
+
+
+def _texts(*names: str, nullable: bool = False) -> list[sa.Column[str]]:
+    return [sa.Column(name, sa.Text, nullable=nullable) for name in names]
+
+
+def _sequence(table: str) -> tuple[sa.Column[int], sa.PrimaryKeyConstraint]:
+    return sa.Column("seq", _Number, autoincrement=True), sa.PrimaryKeyConstraint("seq", name=f"{table}_pkey")
+
+
+def _create_files() -> None:
+    op.create_table(
+        "files",
+        *_sequence("files"),
+        *_texts("id", "filename", "purpose", "sha256"),
+        *_numbers("bytes", "created_at"),
+        *_numbers("expires_at", nullable=True),
+        sa.UniqueConstraint("id", name="files_id_key"),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("files_by_time", "files", ["created_at", "seq"])
+    op.create_index("files_by_purpose", "files", ["purpose", "created_at", "seq"])
+
+
+def _create_batches() -> None:
+    times = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+    op.create_table(
+        "batches",
+        *_sequence("batches"),
+        *_texts("id", "input_file_id", "endpoint", "completion_window", "status", "errors"),
+        *_texts("metadata", "model", "usage", "output_file_id", "error_file_id", nullable=True),
+        *_numbers("created_at", "expires_at", "total", "completed", "failed", "result_version", "merged_version"),
+        *_numbers("output_expires_after", *(f"{name}_at" for name in times), nullable=True),
+        sa.UniqueConstraint("id", name="batches_id_key"),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("batches_by_time", "batches", ["created_at", "seq"])
+    op.create_index(
+        "batches_needing_attention",
+        "batches",
+        ["created_at", "seq"],
+        sqlite_where=sa.text(_NEEDS_ATTENTION),
+        postgresql_where=sa.text(_NEEDS_ATTENTION),
+    )
+
+
+def _create_chunks() -> None:
+    op.create_table(
+        "chunks",
+        sa.Column("batch_id", sa.Text, nullable=False),
+        sa.Column("idx", sa.Integer, nullable=False, autoincrement=False),
+        *_numbers("first_line", "line_count", "offset", "length", "completed", "failed"),
+        *_numbers("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"),
+        sa.Column("epoch", sa.Integer, nullable=False),
+        sa.Column("base_epoch", sa.Integer, nullable=False),
+        sa.Column("published_epoch", sa.Integer, nullable=False),
+        sa.Column("engine_failures", sa.Integer, nullable=False),
+        *_texts("summary", nullable=True),
+        sa.PrimaryKeyConstraint("batch_id", "idx", name="chunks_pkey"),
+        sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name="chunks_batch_id_fkey"),
+    )
+
+
+def _create_attempts() -> None:
+    op.create_table(
+        "attempts",
+        sa.Column("batch_id", sa.Text, nullable=False),
+        sa.Column("idx", sa.Integer, nullable=False, autoincrement=False),
+        sa.Column("epoch", sa.Integer, nullable=False, autoincrement=False),
+        sa.Column("base_epoch", sa.Integer, nullable=False),
+        *_texts("run_id"),
+        *_numbers("begun_at"),
+        *_numbers("ended_at", nullable=True),
+        *_texts("outcome", nullable=True),
+        sa.PrimaryKeyConstraint("batch_id", "idx", "epoch", name="attempts_pkey"),
+        sa.ForeignKeyConstraint(
+            ["batch_id", "idx"], ["chunks.batch_id", "chunks.idx"], name="attempts_batch_id_idx_fkey"
+        ),
+    )
+
+
+def _create_events() -> None:
+    op.create_table(
+        "events",
+        *_sequence("events"),
+        *_texts("id", "batch_id", "type"),
+        *_numbers("created_at"),
+        sa.UniqueConstraint("id", name="events_id_key"),
+        sa.UniqueConstraint("batch_id", "type", name="events_batch_id_type_key"),
+        sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name="events_batch_id_fkey"),
+        sqlite_autoincrement=True,
+    )

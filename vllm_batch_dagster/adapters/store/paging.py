@@ -1,0 +1,40 @@
+"""Pages of a listing by (created_at, insertion), for the file and the batch table. Both orders can use the index."""
+
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, Select, Table, select, tuple_
+
+from vllm_batch_dagster.core.errors import NotFound
+from vllm_batch_dagster.core.models import Page
+
+
+def fetch_page(
+    connection: Connection,
+    query: Select[Any],
+    table: Table,
+    *,
+    kind: str,
+    after: str | None,
+    limit: int,
+    descending: bool,
+) -> Page[RowMapping]:
+    """Return up to `limit` rows of `query` over `table` behind the row `after`.
+
+    Raises NotFound(`kind`, after) for an unknown one.
+    """
+    place = tuple_(table.c.created_at, table.c.seq)
+    if after is not None:
+        cursor = _find_place(connection, table, kind, after)
+        query = query.where(place < cursor if descending else place > cursor)
+    columns = (table.c.created_at, table.c.seq)
+    ordered = query.order_by(*(column.desc() if descending else column.asc() for column in columns))
+    rows = connection.execute(ordered.limit(limit + 1)).mappings().all()
+    return Page(tuple(rows[:limit]), has_more=len(rows) > limit)
+
+
+def _find_place(connection: Connection, table: Table, kind: str, object_id: str) -> Any:
+    query = select(table.c.created_at, table.c.seq).where(table.c.id == object_id)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise NotFound(kind, object_id)
+    return tuple_(*row)

@@ -1,0 +1,45 @@
+"""The batch store on a SQL database: the meeting point of the shim and Dagster. Made by `open_store`."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+
+from vllm_batch_dagster.adapters.store.batch_records import SqlBatchRecords
+from vllm_batch_dagster.adapters.store.chunk_records import SqlChunkRecords
+from vllm_batch_dagster.adapters.store.database import Database
+from vllm_batch_dagster.adapters.store.file_records import SqlFileRecords
+from vllm_batch_dagster.adapters.store.schema import events
+from vllm_batch_dagster.core.ports import OutboxEvent
+
+
+class SqlStore:
+    """See BatchStore. Safe to use from many threads and processes at once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._files = SqlFileRecords(database)
+        self._batches = SqlBatchRecords(database)
+        self._chunks = SqlChunkRecords(database)
+
+    @property
+    def files(self) -> SqlFileRecords:
+        return self._files
+
+    @property
+    def batches(self) -> SqlBatchRecords:
+        return self._batches
+
+    @property
+    def chunks(self) -> SqlChunkRecords:
+        return self._chunks
+
+    def events(self, batch_id: str) -> Sequence[OutboxEvent]:
+        """Outbox events of a batch, oldest first; empty for an unknown one."""
+        columns = (events.c.id, events.c.batch_id, events.c.type, events.c.created_at)
+        query = select(*columns).where(events.c.batch_id == batch_id).order_by(events.c.seq)
+        with self._database.reading() as connection:
+            return [OutboxEvent(*row) for row in connection.execute(query)]
+
+    def close(self) -> None:
+        """Close every connection. The store can not be used while another thread still works with it."""
+        self._database.close()
