@@ -1,0 +1,271 @@
+"""What every engine does: the one in memory, servers of somebody else, and our own, both over HTTP with real processes.
+
+The same behaviour on real vLLM: tests/e2e/test_engine_manager.py.
+"""
+
+import asyncio
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_batch_dagster.adapters.engine import connect_engines, engine_status, manage_engine, stop_engine
+from vllm_batch_dagster.adapters.engine.config import EngineConfig
+from vllm_batch_dagster.adapters.memory import EchoEngine
+from vllm_batch_dagster.adapters.simulated import (
+    Faults,
+    SimulatedProcess,
+    import_path,
+    set_faults,
+    simulated_command,
+)
+from vllm_batch_dagster.core.errors import EngineFailure, EngineUnavailable
+from vllm_batch_dagster.core.models import Model
+from vllm_batch_dagster.core.ports import EngineAnswer, EngineLease, EngineManager, EngineRequest
+
+CHAT = "/v1/chat/completions"
+SEQUENCES = 8
+HEALTH_SECONDS = 0.4
+STALL_SECONDS = 1.5
+
+
+@dataclass
+class Rig:
+    """An engine under test, and what the test may do to it from outside."""
+
+    manager: EngineManager
+    model: Model
+    said: list[str]
+    witness: Path
+    port: Callable[[], int]
+    revive: Callable[[], None]
+
+    def lease(self) -> Any:
+        return self.manager.lease(self.model, self.said.append)
+
+    def fail(self, **faults: Any) -> None:
+        set_faults(self.port(), Faults(**faults))
+
+    def received(self) -> list[str]:
+        return self.witness.read_text().split()
+
+    def starts(self) -> int:
+        return sum(sentence.startswith("starting the engine") for sentence in self.said)
+
+
+def a_request(number: int = 0, endpoint: str = CHAT, **fields: Any) -> EngineRequest:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": f"question {number}"}], **fields}
+    return EngineRequest(endpoint, json.dumps(body).encode(), f"request-{number}", number)
+
+
+def reached(answers: list[Any]) -> list[EngineAnswer]:
+    return [answer for answer in answers if isinstance(answer, EngineAnswer)]
+
+
+async def send_all(lease: EngineLease, numbers: range) -> list[Any]:
+    return await asyncio.gather(*(lease.send(a_request(number)) for number in numbers), return_exceptions=True)
+
+
+@pytest.fixture(params=["connected", "managed"])
+def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """An engine over HTTP."""
+    yield from (_connected(tmp_path) if request.param == "connected" else _managed(tmp_path, monkeypatch))
+
+
+def _connected(tmp_path: Path) -> Iterator[Rig]:
+    witness = tmp_path / "witness"
+    options = ("--model", "tiny", "small", "--max-num-seqs", str(SEQUENCES), "--latency", "0.01")
+    with SimulatedProcess(*options, witness=witness) as server:
+        manager = connect_engines(
+            server.url,
+            "",
+            SEQUENCES,
+            start_seconds=10,
+            stall_seconds=STALL_SECONDS,
+            health_seconds=HEALTH_SECONDS,
+        )
+
+        def revive() -> None:
+            server.kill()
+            server.start()
+
+        yield Rig(manager, Model("tiny", "somewhere"), [], witness, lambda: server.port, revive)
+
+
+def _managed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setenv("PYTHONPATH", import_path())
+    folder, witness = tmp_path / "engine", tmp_path / "witness"
+    config = EngineConfig(
+        folder=folder,
+        python=sys.executable,
+        device="cpu",
+        port=0,
+        start_seconds=30,
+        stall_seconds=STALL_SECONDS,
+        max_num_seqs=SEQUENCES,
+        command=simulated_command("--witness", str(witness), "--latency", "0.01"),
+        health_seconds=HEALTH_SECONDS,
+    )
+
+    def port() -> int:
+        status = engine_status(folder)
+        assert status is not None
+        return int(status.url.rpartition(":")[2])
+
+    yield Rig(manage_engine(config), Model("tiny", "somewhere", aliases=("small",)), [], witness, port, lambda: None)
+    stop_engine(folder)
+
+
+@pytest.fixture(params=["memory", "connected", "managed"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineManager]:
+    """Any engine."""
+    if request.param == "memory":
+        yield EchoEngine(window=2 * SEQUENCES)
+        return
+    makers = {"connected": lambda: _connected(tmp_path), "managed": lambda: _managed(tmp_path, monkeypatch)}
+    for rig in makers[request.param]():
+        yield rig.manager
+
+
+async def test_answers_lines_and_refuses_bad_ones(manager: EngineManager) -> None:
+    async with manager.lease(Model("tiny", "somewhere", aliases=("small",)), lambda _: None) as lease:
+        assert lease.window == 2 * SEQUENCES
+        good = await lease.send(a_request(1))
+        bad = await lease.send(a_request(2, temperature=-1))
+        unknown = await lease.send(a_request(3, model="other"))
+        alias = await lease.send(a_request(4, model="small"))
+        await lease.recover()
+    assert (good.status, good.request_id) == (200, "request-1")
+    assert json.loads(good.body)["choices"][0]["finish_reason"] == "stop"
+    assert (bad.status, json.loads(bad.body)["error"]["param"]) == (400, "temperature")
+    assert unknown.status == 404
+    assert json.loads(alias.body)["model"] == "tiny"
+
+
+async def test_two_leases_share_the_engine(manager: EngineManager) -> None:
+    model = Model("tiny", "somewhere", aliases=("small",))
+    async with manager.lease(model, lambda _: None) as first, manager.lease(model, lambda _: None) as second:
+        assert manager.stop_idle(0) is None
+        answers = await asyncio.gather(*(lease.send(a_request(n)) for n in range(20) for lease in (first, second)))
+    assert [answer.request_id for answer in answers] == [f"request-{n}" for n in range(20) for _ in "ab"]
+
+
+async def test_the_bytes_of_the_engine_arrive_untouched(rig: Rig) -> None:
+    request = a_request(7, messages=[{"role": "user", "content": "ünï  \u2028 code"}])
+    async with rig.lease() as lease:
+        answer = await lease.send(request)
+        with socket.create_connection(("127.0.0.1", rig.port())) as plain:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nX-Request-Id: request-7\r\nConnection: close\r\n"
+            plain.sendall(f"{head}Content-Length: {len(request.body)}\r\n\r\n".encode() + request.body)
+            raw = b"".join(iter(lambda: plain.recv(65536), b""))
+    assert raw.partition(b"\r\n\r\n")[2] == answer.body
+
+
+async def test_death_ends_everything_in_flight_and_is_recovered_from(rig: Rig) -> None:
+    async with rig.lease() as lease:
+        rig.fail(die_after=20)
+        answers = await send_all(lease, range(60))
+        lost = [answer for answer in answers if not isinstance(answer, EngineAnswer)]
+        assert lost
+        assert all(isinstance(error, EngineUnavailable) for error in lost)
+        rig.revive()
+        before = rig.starts()
+        await asyncio.gather(*(lease.recover() for _ in lost))
+        again = await send_all(lease, range(60, 90))
+    assert [answer.status for answer in reached(again)] == [200] * 30
+    assert rig.starts() - before in (0, 1)
+
+
+async def test_an_answer_of_a_dead_core_is_none(rig: Rig) -> None:
+    async with rig.lease() as lease:
+        rig.fail(core_dies_after=0)
+        answers = await send_all(lease, range(16))
+        assert [type(answer) for answer in answers] == [EngineUnavailable] * 16
+        rig.revive()
+        await lease.recover()
+        assert (await lease.send(a_request(99))).status == 200
+
+
+@pytest.mark.parametrize("is_health_frozen", [False, True])
+async def test_a_hang_is_found_out(rig: Rig, is_health_frozen: bool) -> None:
+    async with rig.lease() as lease:
+        assert (await lease.send(a_request(0))).status == 200
+        rig.fail(hang_after=0, hang_without_health=is_health_frozen)
+        answers = await asyncio.wait_for(send_all(lease, range(1, 20)), 40)
+        assert [type(answer) for answer in answers] == [EngineUnavailable] * 19
+        rig.revive()
+        await lease.recover()
+        assert (await lease.send(a_request(99))).status == 200
+
+
+async def test_a_slow_engine_does_not_hang(rig: Rig) -> None:
+    """It works for longer than the stall limit in all, and answers something at every look."""
+    async with rig.lease() as lease:
+        began = time.monotonic()
+        for number in range(12):
+            await asyncio.sleep(STALL_SECONDS / 8)
+            answers = await send_all(lease, range(number * 4, number * 4 + 4))
+            assert len(reached(answers)) == 4
+        assert time.monotonic() - began > STALL_SECONDS
+
+
+async def test_a_broken_connection_leaves_the_engine_alone(rig: Rig) -> None:
+    async with rig.lease() as lease:
+        await lease.send(a_request(0))
+        rig.fail(cut_next=1)
+        with pytest.raises(EngineUnavailable):
+            await lease.send(a_request(1))
+        starts = rig.starts()
+        await lease.recover()
+        assert (await lease.send(a_request(1))).status == 200
+    assert rig.starts() == starts
+    assert rig.received() == ["request-0", "request-1", "request-1"]
+
+
+async def test_faults_of_one_request_are_answers(rig: Rig) -> None:
+    async with rig.lease() as lease:
+        rig.fail(fail_next=1)
+        assert (await lease.send(a_request(1))).status == 500
+        rig.fail(busy_next=1)
+        assert (await lease.send(a_request(2))).status == 503
+        rig.fail(abort_next=1)
+        aborted = await lease.send(a_request(3))
+    assert (aborted.status, json.loads(aborted.body)["choices"][0]["finish_reason"]) == (200, "abort")
+
+
+async def test_it_gives_up_on_a_request_that_kills_every_engine(rig: Rig) -> None:
+    async def send_until_it_fails(lease: EngineLease) -> int:
+        tries = 0
+        while True:
+            tries += 1
+            rig.fail(poison="mandrake")
+            with pytest.raises(EngineUnavailable):
+                await lease.send(a_request(0, user="mandrake"))
+            rig.revive()
+            try:
+                await lease.recover()
+            except EngineFailure as error:
+                assert "3 times" in str(error)  # noqa: PT017
+                return tries
+
+    async with rig.lease() as lease:
+        assert await send_until_it_fails(lease) == 4
+
+
+async def test_urgent_lines_go_first(rig: Rig) -> None:
+    """Eight at a time: of forty lines sent in reverse, the most urgent overtake those that wait."""
+    done: list[int] = []
+
+    async def send(lease: EngineLease, number: int) -> None:
+        await lease.send(a_request(number))
+        done.append(number)
+
+    async with rig.lease() as lease:
+        await asyncio.gather(*(send(lease, number) for number in reversed(range(40))))
+    assert sum(done[:16]) < sum(done[-16:])
