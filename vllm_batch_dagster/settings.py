@@ -1,0 +1,185 @@
+"""Every setting of the product, read once by each front door; printed by `vllm-batch config`.
+
+Variables carry no prefix: the seed's names (`CHUNK_SIZE`, `POSTGRES_HOST`, ...) are kept. docs/configuration.md
+lists each of them; a docs test compares the two.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _engine_python() -> str:
+    bundled = PROJECT_ROOT / ".venv-engine" / "bin" / "python"
+    return str(bundled) if bundled.exists() else sys.executable
+
+
+class Settings(BaseSettings):
+    """Settings from the environment and, below it, from a `.env` file in the working directory."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True)
+
+    vllm_batch_home: Path = Field(
+        default=Path(".vllm-batch"),
+        description="State folder: database, files, journals, Dagster's own state, logs.",
+    )
+
+    api_host: str = Field(default="127.0.0.1", description="Address of the OpenAI-compatible API.")
+    api_port: int = Field(default=4080, ge=1, le=65535, description="Port of the OpenAI-compatible API.")
+    dagster_host: str = Field(
+        default="127.0.0.1",
+        description="Address of the Dagster UI. It has no authentication: keep it on loopback.",
+    )
+    dagster_port: int = Field(default=3000, ge=1, le=65535, description="Port of the Dagster UI.")
+    code_server_port: int = Field(
+        default=4266, ge=1, le=65535, description="Loopback port of Dagster's code server (gRPC)."
+    )
+
+    postgres_host: str = Field(
+        default="", description="PostgreSQL server of the batch store. Empty: SQLite in the state folder."
+    )
+    postgres_port: int = Field(default=5432, ge=1, le=65535, description="PostgreSQL port.")
+    postgres_db: str = Field(default="vllm_batch", description="PostgreSQL database.")
+    postgres_user: str = Field(default="vllm", description="PostgreSQL user.")
+    postgres_password: SecretStr = Field(default=SecretStr(""), description="PostgreSQL password.")
+
+    max_file_bytes: int = Field(default=1 << 30, ge=0, description="Largest upload in bytes. 0: no limit.")
+    max_requests_per_batch: int = Field(default=0, ge=0, description="Most lines in a batch. 0: no limit.")
+    max_validation_errors: int = Field(
+        default=1000, ge=1, description="How many bad lines a failed batch lists at most."
+    )
+
+    chunk_size: int = Field(default=5000, ge=1, description="Lines per chunk.")
+    chunk_slots: int = Field(
+        default=40,
+        ge=1,
+        le=1000,
+        description="Chunk partitions per batch in Dagster. A batch with more chunks gets larger ones.",
+    )
+    max_chunk_attempts: int = Field(
+        default=3,
+        ge=1,
+        description="Attempts at a chunk that end in an engine failure before its unanswered lines go to the error "
+        "file with code engine_failure.",
+    )
+    max_line_attempts: int = Field(
+        default=4, ge=1, description="Attempts at a line that the engine answers with a retryable status."
+    )
+    journal_commit_seconds: float = Field(
+        default=0.2, gt=0, le=5, description="Longest time that an answer waits for its fsync."
+    )
+    journal_commit_records: int = Field(default=256, ge=1, description="Most answers that wait for one fsync.")
+
+    models_file: Path | None = Field(
+        default=None, description="Model catalogue (models.yaml). Default: the one that `make setup` wrote."
+    )
+    model: str = Field(
+        default="", description="One more model: a Hugging Face id or a local folder, served under that name."
+    )
+    engine_url: str = Field(
+        default="",
+        description="Base URL of a vLLM server that somebody else runs (several: comma-separated). Empty: we run it.",
+    )
+    engine_api_key: SecretStr = Field(default=SecretStr(""), description="Bearer key for ENGINE_URL.")
+    engine_python: str = Field(default_factory=_engine_python, description="Python of the environment that holds vLLM.")
+    engine_device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Device of the engine. auto: cuda where nvidia-smi answers, else cpu."
+    )
+    engine_port: int = Field(
+        default=8000, ge=0, le=65535, description="Preferred loopback port of the engine; another if taken."
+    )
+    engine_args: str = Field(default="", description="Further `vllm serve` arguments, as on a command line.")
+    engine_start_seconds: int = Field(default=900, ge=10, description="How long the engine may take until it is ready.")
+    engine_idle_seconds: int = Field(
+        default=600, ge=0, description="An engine that nobody used for this long is stopped. 0: never."
+    )
+    engine_restarts: int = Field(
+        default=3,
+        ge=0,
+        description="Engine restarts within one attempt at a chunk without a new answer between.",
+    )
+    engine_stall_seconds: int = Field(
+        default=120, ge=5, description="Requests running but no token for this long: the engine is hung."
+    )
+    max_num_seqs: int = Field(
+        default=0, ge=0, description="Sequences that the engine runs at once. 0: 256 on a GPU, 128 on a CPU."
+    )
+    max_num_batched_tokens: int = Field(
+        default=0, ge=0, description="Tokens per engine step. 0: 8192 on a GPU, vLLM's default on a CPU."
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.92, gt=0, le=1, description="Share of the GPU's memory for the engine."
+    )
+    cpu_kvcache_gib: int = Field(default=2, ge=1, description="Memory for the KV cache on a CPU, in GiB.")
+
+    ui_samples: bool = Field(
+        default=False,
+        description="Show sample prompts and answers in the Dagster UI, which has no authentication.",
+    )
+    curate_min_output_tokens: int = Field(
+        default=1, ge=0, description="Curation keeps answers with at least this many tokens."
+    )
+    log_format: Literal["console", "json"] = Field(default="console", description="Format of our log lines.")
+
+    @field_validator("vllm_batch_home", "models_file")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value is not None else None
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy URL of the batch store; the password is in it, so never log it."""
+        if not self.postgres_host:
+            return f"sqlite:///{self.vllm_batch_home / 'batches.db'}"
+        from sqlalchemy import URL
+
+        url = URL.create(
+            "postgresql+psycopg",
+            self.postgres_user,
+            self.postgres_password.get_secret_value() or None,
+            self.postgres_host,
+            self.postgres_port,
+            self.postgres_db,
+        )
+        return url.render_as_string(hide_password=False)
+
+    @property
+    def catalogue_path(self) -> Path:
+        """The model catalogue: MODELS_FILE, or the one in MODEL_CACHE that the set-up wrote."""
+        cache = Path(os.environ.get("MODEL_CACHE", str(PROJECT_ROOT / ".models")))
+        return self.models_file or cache / "models.yaml"
+
+    @property
+    def files_folder(self) -> Path:
+        return self.vllm_batch_home / "files"
+
+    @property
+    def batches_folder(self) -> Path:
+        return self.vllm_batch_home / "batches"
+
+    @property
+    def datasets_folder(self) -> Path:
+        return self.vllm_batch_home / "datasets"
+
+    @property
+    def engine_folder(self) -> Path:
+        return self.vllm_batch_home / "engine"
+
+    @property
+    def dagster_home(self) -> Path:
+        return self.vllm_batch_home / "dagster"
+
+    @property
+    def log_folder(self) -> Path:
+        return self.vllm_batch_home / "logs"
+
+
+def load_settings() -> Settings:
+    """Read the settings now. Raises pydantic.ValidationError, which names the variable."""
+    return Settings()
