@@ -1,0 +1,36 @@
+"""The simplest handler: copies the results of each finished batch into a folder, one file a batch.
+
+Switched on by DELIVERY_FOLDER. The file appears under its name only when it is whole, so another program may watch
+the folder.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from handlers.base import ResultHandler, Results
+
+
+class DirectoryHandler(ResultHandler):
+    """Writes `<folder>/<batch id>.jsonl`: output lines, then error lines. A repeat replaces the file."""
+
+    def __init__(self, folder: str | None = None) -> None:
+        self._folder = folder if folder is not None else os.environ.get("DELIVERY_FOLDER", "")
+
+    def name(self) -> str:
+        return "directory"
+
+    def enabled(self) -> bool:
+        return bool(self._folder)
+
+    def handle(self, batch_id: str, results: Results, metadata: Mapping[str, str]) -> bool:
+        folder = Path(self._folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{batch_id}.partial"
+        with partial.open("wb") as copy:
+            for line in results.lines():
+                copy.write(line)
+            copy.flush()
+            os.fsync(copy.fileno())
+        partial.replace(folder / f"{batch_id}.jsonl")
+        return True
