@@ -1,0 +1,143 @@
+"""A multipart/form-data upload as it streams in: the `file` part goes straight to a sink, others are fields.
+
+No second copy on disk, no whole part in memory, parts in any order. Called by api_shim/files.py, in a thread.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from api_shim.errors import UNSUPPORTED_TYPE
+from vllm_batch_dagster.core.errors import InvalidInput
+
+if TYPE_CHECKING:  # the library defines it for type checkers only
+    from python_multipart.multipart import MultipartCallbacks
+
+MAX_FIELDS = 64
+MAX_FIELD_BYTES = 16 << 10
+FILE_PART = "file"
+
+
+class Sink(Protocol):
+    """Where the bytes of the file part go."""
+
+    def write(self, data: bytes) -> None: ...
+
+
+class UploadForm:
+    """Push parser: `feed` blocks of the body, then `close`. `fields` and `filename` fill up on the way.
+
+    `open_sink` is called once, when the file part begins.
+    """
+
+    def __init__(self, boundary: bytes, open_sink: Callable[[], Sink]) -> None:
+        self.fields: dict[str, str] = {}
+        self.filename: str | None = None
+        self._open_sink = open_sink
+        self._sink: Sink | None = None
+        self._receive: Callable[[bytes], None] = self._collect
+        self._name = ""
+        self._text = bytearray()
+        self._header = (bytearray(), bytearray())
+        self._disposition = b""
+        self._ended = False
+        self._parser = self._make_parser(boundary)
+
+    @property
+    def has_file(self) -> bool:
+        return self._sink is not None
+
+    def feed(self, data: bytes) -> None:
+        """Raises InvalidInput for a body that is not multipart, and whatever the sink raises."""
+        try:
+            self._parser.write(data)
+        except FormParserError as failure:
+            raise InvalidInput(f"The multipart body of your request is broken: {failure}.") from failure
+
+    def close(self) -> None:
+        """Raises InvalidInput when the body stopped before its closing boundary."""
+        if not self._ended:
+            raise InvalidInput("The multipart body of your request ends before its closing boundary.")
+
+    def _make_parser(self, boundary: bytes) -> MultipartParser:
+        try:
+            return MultipartParser(boundary, self._callbacks())
+        except FormParserError as failure:
+            raise InvalidInput(f"The multipart boundary of your request is wrong: {failure}.") from failure
+
+    def _callbacks(self) -> "MultipartCallbacks":
+        return {
+            "on_part_begin": self._begin_part,
+            "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._open_part,
+            "on_part_data": lambda data, start, end: self._receive(data[start:end]),
+            "on_part_end": self._end_part,
+            "on_end": self._end,
+        }
+
+    def _begin_part(self) -> None:
+        self._name, self._disposition = "", b""
+        self._text.clear()
+
+    def _end_header(self) -> None:
+        name, value = self._header
+        if name.lower() == b"content-disposition":
+            self._disposition = bytes(value)
+        name.clear()
+        value.clear()
+
+    def _open_part(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if b"name" not in options:
+            raise InvalidInput("A part of the multipart body has no name in its Content-Disposition header.")
+        self._name = _decode(options[b"name"])
+        if self._name != FILE_PART:
+            self._receive = self._collect
+            return
+        if self._sink is not None:
+            raise InvalidInput("The form has two 'file' parts. Send one file per request.", param=FILE_PART)
+        self.filename = _decode(options[b"filename"]) if b"filename" in options else None
+        self._sink = self._open_sink()
+        self._receive = self._sink.write
+
+    def _collect(self, data: bytes) -> None:
+        if len(self._text) + len(data) > MAX_FIELD_BYTES:
+            raise InvalidInput(
+                f"The form field '{self._name}' is longer than {MAX_FIELD_BYTES} bytes.", param=self._name
+            )
+        self._text += data
+
+    def _end_part(self) -> None:
+        if self._name == FILE_PART:
+            return
+        if len(self.fields) == MAX_FIELDS:
+            raise InvalidInput(f"The form has more than {MAX_FIELDS} fields.")
+        self.fields[self._name] = _decode(bytes(self._text))
+
+    def _end(self) -> None:
+        self._ended = True
+
+
+def read_boundary(headers: Mapping[str, str]) -> bytes:
+    """Return the boundary of the request's body. Raises InvalidInput for another content type."""
+    kind, options = parse_options_header(headers.get("content-type"))
+    if kind != b"multipart/form-data":
+        raise InvalidInput(
+            f"Unsupported content type: '{headers.get('content-type', '')}'. Send the file as "
+            "multipart/form-data with the parts 'purpose' and 'file'.",
+            code=UNSUPPORTED_TYPE,
+        )
+    if not (boundary := options.get(b"boundary")):
+        raise InvalidInput("The Content-Type header of your request names no multipart boundary.")
+    return boundary
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
