@@ -1,0 +1,229 @@
+"""The asset graph: validated_input -> chunk_results (a partition per chunk) -> merged_output -> curated_export.
+
+Each asset calls one stage and shows its report. The rules are in stages and core; what is launched when is decided
+by the sensors.
+"""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from vllm_batch_dagster.core.errors import NotFound
+from vllm_batch_dagster.core.models import Batch, Chunk, stop_reason
+from vllm_batch_dagster.core.reconciling import AttemptPlan, plan_attempt
+from vllm_batch_dagster.core.states import BatchStatus
+from vllm_batch_dagster.defs import checks
+from vllm_batch_dagster.defs.background import BackgroundInference
+from vllm_batch_dagster.defs.deliveries import deliveries
+from vllm_batch_dagster.defs.history import BATCH_TAG, CHUNK_RESULTS, read_shown_result
+from vllm_batch_dagster.defs.metadata import (
+    SAMPLES,
+    describe_chunk,
+    describe_curation,
+    describe_empty_slot,
+    describe_merge,
+    describe_validation,
+)
+from vllm_batch_dagster.defs.partitions import batches, cell_key, chunk_cells, split_cell
+from vllm_batch_dagster.defs.services import Services
+from vllm_batch_dagster.stages.curation import curate_batch
+from vllm_batch_dagster.stages.inference import ChunkDone, RangeInference
+from vllm_batch_dagster.stages.merging import merge_batch
+from vllm_batch_dagster.stages.rows import answered_lines
+from vllm_batch_dagster.stages.validation import validate_batch
+
+ENGINE_POOL = "engine"
+GROUP = "batch"
+
+
+def build_assets(slots: int) -> list[dg.AssetsDefinition]:
+    """Return the graph for `slots` chunk slots per batch."""
+    return [validated_input(slots), chunk_results(slots), merged_output(), deliveries(), curated_export()]
+
+
+def validated_input(slots: int) -> dg.AssetsDefinition:
+    @dg.asset(
+        name="validated_input",
+        partitions_def=batches,
+        group_name=GROUP,
+        kinds={"jsonl"},
+        check_specs=[checks.LINES_VALID],
+    )
+    def check_input(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> Iterator[object]:
+        """Every line of the input file checked, its byte index written, its chunks planned. No engine is touched."""
+        batch = services.store.batches.get(context.partition_key)
+        report = validate_batch(
+            batch,
+            services.store,
+            services.files,
+            services.workspace,
+            services.catalog,
+            services.limits,
+            services.clock,
+        )
+        if not report.errors:
+            _fill_unused_slots(context.instance, batch.id, len(report.chunks), slots)
+        yield dg.MaterializeResult(
+            metadata=describe_validation(report, batch, services), check_results=[checks.lines_valid(report)]
+        )
+
+    return check_input
+
+
+def _fill_unused_slots(instance: dg.DagsterInstance, batch_id: str, used: int, slots: int) -> None:
+    """Show the slots that the batch does not need as done, so that a finished batch is a wholly green row."""
+    for index in range(used, slots):
+        event = dg.AssetMaterialization(
+            CHUNK_RESULTS, partition=cell_key(batch_id, index), metadata=describe_empty_slot(batch_id)
+        )
+        instance.report_runless_asset_event(event)
+
+
+def chunk_results(slots: int) -> dg.AssetsDefinition:
+    cells = chunk_cells(slots)
+
+    @dg.multi_asset(
+        name="chunk_results",
+        specs=[
+            dg.AssetSpec(
+                CHUNK_RESULTS,
+                partitions_def=cells,
+                deps=["validated_input"],
+                skippable=True,
+                group_name=GROUP,
+                kinds={"vllm"},
+                description="The engine's answer to every line of a chunk. One partition per chunk; a run covers a "
+                "range of them. A rerun of a finished chunk asks the engine again; a retry sends only missing lines.",
+            )
+        ],
+        check_specs=checks.chunk_check_specs(cells),
+        can_subset=True,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        pool=ENGINE_POOL,
+    )
+    def infer(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> Iterator[object]:
+        wanted: dict[str, list[int]] = {}
+        for key in context.partition_keys:
+            batch_id, index = split_cell(key)
+            wanted.setdefault(batch_id, []).append(index)
+        for batch_id, indexes in wanted.items():
+            yield from _infer_batch(context, services, batch_id, indexes)
+
+    return infer
+
+
+def _infer_batch(
+    context: dg.AssetExecutionContext, services: Services, batch_id: str, indexes: list[int]
+) -> Iterator[object]:
+    """Yield what each chunk of one batch has to show, as it finishes."""
+    batch = services.store.batches.get(batch_id)
+    if batch.status is BatchStatus.VALIDATING:
+        raise NotFound("chunks of a batch that is still validating", batch_id)
+    planned = {chunk.index: chunk for chunk in services.store.chunks.list(batch_id)}
+    for index in indexes:
+        if index not in planned:
+            yield dg.AssetMaterialization(
+                CHUNK_RESULTS, partition=cell_key(batch_id, index), metadata=describe_empty_slot(batch_id)
+            )
+    chunks = [planned[index] for index in indexes if index in planned]
+    plans = {chunk.index: _plan(context, chunk) for chunk in chunks}
+    context.log.info(f"{batch_id}: " + ", ".join(f"{index:04d} {plan.value}" for index, plan in plans.items()))
+    for chunk in chunks:
+        if plans[chunk.index] is AttemptPlan.REPORT and chunk.summary is not None:
+            yield from _show(context, services, batch, ChunkDone(chunk.index, chunk.published_epoch, chunk.summary))
+    to_run = [chunk for chunk in chunks if plans[chunk.index] in (AttemptPlan.RESUME, AttemptPlan.REPEAT)]
+    fresh = frozenset(index for index, plan in plans.items() if plan is AttemptPlan.REPEAT)
+    if to_run and not stop_reason(batch, services.clock()):
+        yield from _run_chunks(context, services, batch, to_run, fresh)
+
+
+def _plan(context: dg.AssetExecutionContext, chunk: Chunk) -> AttemptPlan:
+    shown = read_shown_result(context.instance, chunk.batch_id, chunk.index, context.run)
+    return plan_attempt(chunk, shown)
+
+
+def _run_chunks(
+    context: dg.AssetExecutionContext,
+    services: Services,
+    batch: Batch,
+    chunks: list[Chunk],
+    fresh: frozenset[int],
+) -> Iterator[object]:
+    model = services.model_of(batch)
+    background = BackgroundInference(
+        lambda on_done, report: RangeInference(
+            services.inference_ports,
+            services.inference_policy,
+            batch,
+            model,
+            chunks,
+            fresh=fresh,
+            run_id=context.run_id,
+            on_done=on_done,
+            report=report,
+        ),
+        context.log.info,
+    )
+    with background:
+        for done in background.finished_chunks():
+            yield from _show(context, services, batch, done)
+    if background.stopped:
+        context.log.info(f"{batch.id} stops: {background.stopped.value}; finished lines are kept")
+
+
+def _show(context: dg.AssetExecutionContext, services: Services, batch: Batch, done: ChunkDone) -> Iterator[object]:
+    """Yield the materialization and the checks of a published chunk."""
+    samples = SAMPLES if services.settings.ui_samples else 0
+    chunk = services.store.chunks.get(batch.id, done.index)
+    lines = answered_lines(batch, chunk, services.files, services.workspace, most=samples) if samples else ()
+    cell = cell_key(batch.id, done.index)
+    yield dg.AssetMaterialization(
+        CHUNK_RESULTS,
+        partition=cell,
+        metadata=describe_chunk(done, batch, services, lines),
+        # An identical rerun does not make the merge stale.
+        tags={"dagster/data_version": done.summary.digest},
+    )
+    yield from checks.chunk_checks(done, cell)
+
+
+def merged_output() -> dg.AssetsDefinition:
+    @dg.asset(
+        name="merged_output",
+        partitions_def=batches,
+        deps=[CHUNK_RESULTS],
+        group_name=GROUP,
+        kinds={"jsonl"},
+        check_specs=[checks.COUNTS_CONSERVED, checks.CUSTOM_IDS_ONCE],
+    )
+    def merge(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> Iterator[object]:
+        """The output and the error file of a batch, in input order, every custom_id exactly once."""
+        batch = services.store.batches.get(context.partition_key)
+        report = merge_batch(batch, services.merge_ports, run_id=context.run_id)
+        chunks = services.store.chunks.list(batch.id)
+        context.log.info(f"{batch.id} is {report.batch.status.value}: {report.counts}")
+        yield dg.MaterializeResult(
+            metadata=describe_merge(report, chunks, services), check_results=checks.merge_checks(report)
+        )
+
+    return merge
+
+
+def curated_export() -> dg.AssetsDefinition:
+    @dg.asset(
+        name="curated_export",
+        partitions_def=batches,
+        deps=["merged_output"],
+        group_name=GROUP,
+        kinds={"parquet", "polars"},
+    )
+    def curate(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> Iterator[object]:
+        """The finished answers of a batch as a Parquet dataset: prompt, messages, answer, lengths; each prompt once."""
+        batch = services.store.batches.get(context.partition_key)
+        report = curate_batch(batch, services.store, services.files, services.workspace, services.curation_rules)
+        yield dg.MaterializeResult(metadata=describe_curation(report))
+
+    return curate
+
+
+__all__ = ["BATCH_TAG", "ENGINE_POOL", "build_assets"]

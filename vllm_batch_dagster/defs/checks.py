@@ -1,0 +1,105 @@
+"""Asset checks: what must hold of the input, of each chunk and of the merged files. Evaluated by the assets themselves,
+because a check step of its own is skipped in range runs (dagster report section 4).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import dagster as dg
+
+from vllm_batch_dagster.core.merging import ENGINE_FAILURE
+from vllm_batch_dagster.defs.history import CHUNK_RESULTS
+from vllm_batch_dagster.stages.inference import ChunkDone
+from vllm_batch_dagster.stages.merging import MergeReport
+from vllm_batch_dagster.stages.validation import ValidationReport
+
+ERROR_RATE_LIMIT = 0.1
+
+LINES_VALID = dg.AssetCheckSpec(
+    "lines_valid", asset="validated_input", description="Every line of the input file may run."
+)
+COUNTS_CONSERVED = dg.AssetCheckSpec(
+    "counts_conserved",
+    asset="merged_output",
+    description="Lines of the output file and of the error file add up to the lines of the input.",
+)
+CUSTOM_IDS_ONCE = dg.AssetCheckSpec(
+    "custom_ids_once",
+    asset="merged_output",
+    description="Every custom_id of the input stands exactly once in the merged files, in input order.",
+)
+_EVERY_LINE_ANSWERED, _ERROR_RATE = "every_line_answered", "error_rate"
+
+
+def chunk_check_specs(cells: dg.PartitionsDefinition) -> list[dg.AssetCheckSpec]:
+    """Return the checks that exist for each chunk."""
+    return [
+        dg.AssetCheckSpec(
+            _EVERY_LINE_ANSWERED,
+            asset=CHUNK_RESULTS,
+            partitions_def=cells,
+            description="The engine answered every line of the chunk, if only with an error.",
+        ),
+        dg.AssetCheckSpec(
+            _ERROR_RATE,
+            asset=CHUNK_RESULTS,
+            partitions_def=cells,
+            description=f"At most {ERROR_RATE_LIMIT:.0%} of the chunk's lines ended in an error.",
+        ),
+    ]
+
+
+def lines_valid(report: ValidationReport) -> dg.AssetCheckResult:
+    first = report.errors[0].message if report.errors else ""
+    return dg.AssetCheckResult(
+        check_name=LINES_VALID.name,
+        passed=not report.errors,
+        metadata={"invalid_lines": len(report.errors), "first_error": first},
+    )
+
+
+def chunk_checks(done: ChunkDone, cell: dg.MultiPartitionKey) -> Iterator[dg.AssetCheckEvaluation]:
+    """Yield the evaluations of one chunk."""
+    counts = done.summary.counts
+    unanswered = done.summary.error_codes.get(ENGINE_FAILURE, 0)
+    rate = counts.failed / counts.total if counts.total else 0.0
+    yield dg.AssetCheckEvaluation(
+        asset_key=CHUNK_RESULTS,
+        check_name=_EVERY_LINE_ANSWERED,
+        passed=unanswered == 0,
+        partition=cell,
+        metadata={"unanswered": unanswered},
+    )
+    yield dg.AssetCheckEvaluation(
+        asset_key=CHUNK_RESULTS,
+        check_name=_ERROR_RATE,
+        passed=rate <= ERROR_RATE_LIMIT,
+        severity=dg.AssetCheckSeverity.WARN,
+        partition=cell,
+        metadata={"error_rate": round(rate, 4)},
+    )
+
+
+def merge_checks(report: MergeReport) -> Sequence[dg.AssetCheckResult]:
+    """Return the results for merged files: from the walk over the files themselves, not from our own counters."""
+    tally, counts = report.tally, report.counts
+    conserved = (
+        tally.output_lines == counts.completed
+        and tally.error_lines == counts.failed
+        and tally.output_lines + tally.error_lines == counts.total
+    )
+    return [
+        dg.AssetCheckResult(
+            check_name=COUNTS_CONSERVED.name,
+            passed=conserved,
+            metadata={
+                "requests": counts.total,
+                "output_lines": tally.output_lines,
+                "error_lines": tally.error_lines,
+            },
+        ),
+        dg.AssetCheckResult(
+            check_name=CUSTOM_IDS_ONCE.name,
+            passed=not tally.problem,
+            metadata={"problem": tally.problem or "none"},
+        ),
+    ]

@@ -1,0 +1,86 @@
+"""What drives the graph: one level-triggered sensor that compares batches with the graph and asks for what is missing,
+and one that stops an idle engine.
+
+The rules are in core/reconciling.py; nothing is remembered between ticks. Dagster's floor for a tick is 5 s.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import dagster as dg
+
+from vllm_batch_dagster.core.models import Batch
+from vllm_batch_dagster.core.reconciling import Launch, Step, decide_launches
+from vllm_batch_dagster.defs.history import BATCH_TAG, active_batches, read_graph_state
+from vllm_batch_dagster.defs.jobs import JOB_OF, AssetJob
+from vllm_batch_dagster.defs.partitions import batches, cell_key
+from vllm_batch_dagster.defs.services import Services
+
+_IDLE_CHECK_SECONDS = 30
+_MOST_BATCHES_PER_TICK = 200
+
+
+def build_sensors(jobs: Sequence[AssetJob]) -> list[dg.SensorDefinition]:
+    return [_reconcile_sensor(jobs), _idle_sensor()]
+
+
+def _reconcile_sensor(jobs: Sequence[AssetJob]) -> dg.SensorDefinition:
+    @dg.sensor(
+        name="reconcile_batches",
+        jobs=jobs,
+        minimum_interval_seconds=1,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Asks for the next run of every open batch: validate, infer, finalize.",
+    )
+    def reconcile(context: dg.SensorEvaluationContext, services: dg.ResourceParam[Services]) -> dg.SensorResult:
+        opened = services.store.batches.open()[:_MOST_BATCHES_PER_TICK]
+        if not opened:
+            return dg.SensorResult(skip_reason="no open batch")
+        launches = list(_decide(context.instance, services, opened))
+        known = set(context.instance.get_dynamic_partitions(str(batches.name)))
+        new = [batch.id for batch in opened if batch.id not in known]
+        by_id = {batch.id: batch for batch in opened}
+        return dg.SensorResult(
+            run_requests=[request_run(launch, by_id[launch.batch_id]) for launch in launches],
+            dynamic_partitions_requests=[batches.build_add_request(new)] if new else [],
+            skip_reason=None if launches else f"{len(opened)} open batches, nothing to launch",
+        )
+
+    return reconcile
+
+
+def _decide(instance: dg.DagsterInstance, services: Services, opened: Sequence[Batch]) -> Iterator[Launch]:
+    active, now = active_batches(instance), services.clock()
+    for batch in opened:
+        chunks = services.store.chunks.list(batch.id)
+        state = read_graph_state(instance, batch.id, [chunk.index for chunk in chunks], active, now)
+        yield from decide_launches(batch, chunks, state, now)
+
+
+def request_run(launch: Launch, batch: Batch) -> dg.RunRequest:
+    """Return the run request of a launch: its job, partition or range of chunks, and priority by deadline."""
+    tags = {BATCH_TAG: launch.batch_id, "dagster/priority": str(-batch.expires_at)}
+    if launch.step is not Step.INFER or launch.chunks is None:
+        return dg.RunRequest(run_key=launch.key, job_name=JOB_OF[launch.step], partition_key=launch.batch_id, tags=tags)
+    first, last = (str(cell_key(launch.batch_id, index)) for index in launch.chunks)
+    return dg.RunRequest(
+        run_key=launch.key,
+        job_name=JOB_OF[launch.step],
+        tags=tags | {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last},
+    )
+
+
+def _idle_sensor() -> dg.SensorDefinition:
+    @dg.sensor(
+        name="stop_idle_engine",
+        minimum_interval_seconds=_IDLE_CHECK_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Stops our engine when nobody has used it for ENGINE_IDLE_SECONDS.",
+    )
+    def stop_idle(services: dg.ResourceParam[Services]) -> dg.SkipReason:
+        limit = services.settings.engine_idle_seconds
+        if not limit:
+            return dg.SkipReason("ENGINE_IDLE_SECONDS is 0: the engine stays warm")
+        stopped = services.engines.stop_idle(limit)
+        return dg.SkipReason(f"stopped the idle engine of {stopped}" if stopped else "the engine is in use or off")
+
+    return stop_idle
