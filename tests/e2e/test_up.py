@@ -1,0 +1,349 @@
+"""The `vllm-batch` command with its real services: start, Ctrl-C, deaths, restarts, and nothing left behind."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from vllm_batch_dagster.adapters.engine import engine_status, manage_engine
+from vllm_batch_dagster.adapters.engine.config import EngineConfig
+from vllm_batch_dagster.cli.processes import is_alive, run_workers, stack_processes
+from vllm_batch_dagster.cli.readiness import answers
+from vllm_batch_dagster.core.models import Model
+from vllm_batch_dagster.settings import PROJECT_ROOT, Settings
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+START_SECONDS = 150
+STOP_SECONDS = 60
+SERVICES = {"code", "web", "daemon", "api"}
+PORTS = ("CODE_SERVER_PORT", "DAGSTER_PORT", "API_PORT")
+
+
+class Stack:
+    """`vllm-batch` on a state folder and ports of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.home = folder / "home"
+        self.words = folder / "words"
+        ours = {name.upper() for name in Settings.model_fields}
+        self.env = {
+            **{name: value for name, value in os.environ.items() if name not in ours},
+            **dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True)),
+            "VLLM_BATCH_HOME": str(self.home),
+            "MODELS_FILE": str(write_catalogue(folder)),
+            "ENGINE_URL": "http://127.0.0.1:9",
+            "PYTHONPATH": str(PROJECT_ROOT),
+        }
+
+    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end, as in another terminal."""
+        return subprocess.run(
+            command(*arguments),
+            cwd=self.folder,
+            env={**self.env, **env},
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+            check=False,
+        )
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """Run `up` as a terminal does, in a process group of its own; its words go to a file."""
+        with self.words.open("wb") as words:
+            return subprocess.Popen(
+                command("up"),
+                cwd=self.folder,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=words,
+                stderr=words,
+                start_new_session=True,
+            )
+
+    def start_and_wait(self) -> "subprocess.Popen[bytes]":
+        up = self.start()
+        wait_for(lambda: "ready in" in self.said() or up.poll() is not None, START_SECONDS)
+        assert up.poll() is None, self.said()
+        return up
+
+    def said(self) -> str:
+        return self.words.read_text(errors="replace")
+
+    def status(self) -> Mapping[str, Any]:
+        status: Mapping[str, Any] = json.loads(self.run("status", "--json").stdout)
+        return status
+
+    def pid_of(self, name: str) -> int:
+        return next(int(process["pid"]) for process in self.status()["processes"] if process["name"] == name)
+
+    def assert_nothing_left(self, seen: list[psutil.Process]) -> None:
+        """No process that was `seen`, none of this stack, no lock, no record, every port free."""
+        assert [process for process in seen if is_alive(process)] == []
+        assert stack_processes(self.home) == []
+        assert not (self.home / "up.lock").exists()
+        assert not (self.home / "up.json").exists()
+        assert [path for path in self.home.rglob("*") if path.is_socket()] == []
+        for port in PORTS:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", int(self.env[port])))
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Stack]:
+    stack = Stack(tmp_path)
+    yield stack
+    stack.run("down")
+
+
+@pytest.fixture
+def simulated(tmp_path: Path) -> Iterator[str]:
+    """The URL of a simulated engine that nobody but the test owns: 200 lines take it some ten seconds."""
+    port = free_ports(1)[0]
+    module = ("-m", "vllm_batch_dagster.adapters.simulated", "--port", str(port), "--model", "tiny")
+    engine = subprocess.Popen(
+        [sys.executable, *module, "--latency", "0.4", "--max-num-seqs", "8"],
+        env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), STOP_SECONDS)
+    yield f"http://127.0.0.1:{port}"
+    engine.terminate()
+    engine.wait()
+
+
+def start_simulated_engine(folder: Path) -> int:
+    """Start an engine as a run does, on the stack's state folder, and return its pid."""
+    simulated = ("{python}", "-m", "vllm_batch_dagster.adapters.simulated", "--port", "{port}", "--model", "{name}")
+    config = EngineConfig(folder=folder, python=sys.executable, port=free_ports(1)[0], command=simulated)
+
+    async def start() -> None:
+        async with manage_engine(config).lease(Model("tiny", str(folder)), lambda _: None):
+            pass
+
+    asyncio.run(start())
+    status = engine_status(folder)
+    assert status is not None
+    return status.pid
+
+
+def write_lines(path: Path, count: int) -> Path:
+    with path.open("w") as file:
+        for number in range(count):
+            body = {"model": "tiny", "messages": [{"role": "user", "content": f"question {number}"}]}
+            line = {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
+def completed_lines(stack: Stack) -> int:
+    return sum(batch["completed"] for batch in stack.status()["batches"])
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "vllm_batch_dagster.cli", *arguments]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def write_catalogue(folder: Path) -> Path:
+    catalogue = folder / "models.yaml"
+    catalogue.write_text("models:\n  - name: tiny\n    path: someone/tiny\n")
+    return catalogue
+
+
+def wait_for(is_true: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_everything(stack: Stack, number: signal.Signals) -> None:
+    up = stack.start_and_wait()
+    status = stack.status()
+    assert status["ready"]
+    assert status["well"]
+    assert {process["name"] for process in status["processes"]} == SERVICES
+    assert all(process["health"] == "ok" and process["memory_bytes"] > 0 for process in status["processes"])
+    seen = descendants(up.pid)
+    assert len(seen) >= len(SERVICES)
+
+    os.killpg(up.pid, number)  # to the whole group, as a terminal does
+
+    assert up.wait(STOP_SECONDS) == 0, stack.said()
+    stack.assert_nothing_left(seen)
+    for name in SERVICES:
+        assert (stack.home / "logs" / f"{name}.log").stat().st_size > 0
+        assert f"\n{name:<6} | " in f"\n{stack.said()}"
+
+
+def test_a_second_signal_kills_at_once(stack: Stack) -> None:
+    up = stack.start_and_wait()
+    seen = descendants(up.pid)
+    os.kill(stack.pid_of("api"), signal.SIGSTOP)  # it cannot answer SIGTERM
+    os.kill(up.pid, signal.SIGINT)
+    wait_for(lambda: "stopping" in stack.said(), STOP_SECONDS)
+    os.kill(up.pid, signal.SIGINT)
+    assert up.wait(STOP_SECONDS) == 0
+    stack.assert_nothing_left(seen)
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_a_dead_service_ends_the_stack_with_one_sentence(stack: Stack, name: str) -> None:
+    up = stack.start_and_wait()
+    seen = descendants(up.pid)
+    os.kill(stack.pid_of(name), signal.SIGKILL)
+    assert up.wait(STOP_SECONDS) == 1
+    stack.assert_nothing_left(seen)
+    complaints = [line for line in stack.said().splitlines() if line.startswith("vllm-batch: ")]
+    assert len(complaints) == 1
+    assert f"the service {name} was killed by SIGKILL" in complaints[0]
+
+
+def test_a_killed_up_takes_its_services_along_and_can_be_followed_by_another(stack: Stack) -> None:
+    up = stack.start_and_wait()
+    seen = descendants(up.pid)
+    up.kill()
+    up.wait()
+    wait_for(lambda: not any(map(is_alive, seen)), STOP_SECONDS)
+    assert stack.run("status").returncode == 3
+    following = stack.start_and_wait()
+    os.kill(following.pid, signal.SIGTERM)
+    assert following.wait(STOP_SECONDS) == 0
+
+
+def test_detached_and_down_from_another_terminal(stack: Stack) -> None:
+    started = stack.run("up", "--detach")
+    assert started.returncode == 0, started.stderr
+    assert f"http://127.0.0.1:{stack.env['API_PORT']}/v1" in started.stdout
+    status = stack.status()
+    assert status["well"]
+    seen = [psutil.Process(status["pid"]), *descendants(status["pid"])]
+
+    second = stack.run("up")
+    assert second.returncode == 1
+    assert second.stderr.count("vllm-batch: ") == 1
+    assert f"pid {status['pid']}" in second.stderr
+    assert stack.status()["well"], "the first is not disturbed"
+
+    stopped = stack.run("down")
+    assert stopped.returncode == 0
+    assert "Stopped `up`" in stopped.stdout
+    stack.assert_nothing_left(seen)
+    again = stack.run("down")
+    assert again.returncode == 0
+    assert "Nothing runs" in again.stdout
+
+
+def test_the_engine_ends_with_the_stack(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT_ROOT))
+    up = stack.start_and_wait()
+    engine = psutil.Process(start_simulated_engine(stack.home / "engine"))
+    shown = stack.status()["engine"]
+    assert (shown["model"], shown["state"], shown["pid"]) == ("tiny", "ready", engine.pid)
+    wait_for(lambda: "engine | ready on" in stack.said(), STOP_SECONDS)
+    os.kill(up.pid, signal.SIGTERM)
+    assert up.wait(STOP_SECONDS) == 0
+    stack.assert_nothing_left([engine])
+
+
+def test_a_batch_goes_on_after_a_restart(stack: Stack, simulated: str) -> None:
+    """Stopped in the middle of a chunk: its run ends, nothing is left, and the next `up` finishes the batch."""
+    stack.env["ENGINE_URL"] = simulated
+    up = stack.start_and_wait()
+    lines = write_lines(stack.folder / "lines.jsonl", 200)
+    submitted = stack.run("submit", str(lines), "--metadata", "team=search")
+    assert submitted.returncode == 0, submitted.stderr
+    batch = submitted.stdout.strip()
+    wait_for(lambda: completed_lines(stack) > 0, START_SECONDS)
+    seen = descendants(up.pid)
+    assert run_workers(stack.pid_of("code")) != []
+    os.kill(up.pid, signal.SIGINT)
+    assert up.wait(STOP_SECONDS) == 0
+    stack.assert_nothing_left(seen)
+
+    stack.start_and_wait()
+    watched = stack.run("watch", batch)
+    assert watched.returncode == 0, watched.stderr
+    assert "200/200" in watched.stdout
+    loaded = stack.run("download", batch, "-o", str(stack.folder / "answers"))
+    assert loaded.returncode == 0, loaded.stderr
+    output = (stack.folder / "answers" / f"{batch}_output.jsonl").read_text().splitlines()
+    assert [json.loads(line)["custom_id"] for line in output] == [f"line-{i}" for i in range(200)]
+
+
+@pytest.mark.parametrize("port", PORTS)
+def test_a_taken_port_is_one_sentence(stack: Stack, port: str) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(stack.env[port])))
+        other.listen()
+        refused = stack.run("up")
+    assert_refused(refused, f"port {stack.env[port]}", port, f"pid {os.getpid()}")
+    assert not (stack.home / "batches.db").exists()
+    stack.assert_nothing_left([])
+
+
+def test_two_services_on_one_port_are_refused(stack: Stack) -> None:
+    refused = stack.run("up", API_PORT=stack.env["DAGSTER_PORT"])
+    assert_refused(refused, "API_PORT", "DAGSTER_PORT")
+
+
+def test_a_missing_catalogue_is_one_sentence(stack: Stack, tmp_path: Path) -> None:
+    refused = stack.run("up", MODELS_FILE=str(tmp_path / "none.yaml"), ENGINE_URL="")
+    assert_refused(refused, str(tmp_path / "none.yaml"))
+
+
+def test_a_missing_engine_environment_is_one_sentence(stack: Stack, tmp_path: Path) -> None:
+    refused = stack.run("up", ENGINE_URL="", ENGINE_PYTHON=str(tmp_path / "python"))
+    assert_refused(refused, str(tmp_path / "python"), "make setup", "ENGINE_URL")
+
+
+def test_a_detached_up_that_cannot_start_says_why(stack: Stack, tmp_path: Path) -> None:
+    refused = stack.run("up", "--detach", MODELS_FILE=str(tmp_path / "none.yaml"), ENGINE_URL="")
+    assert_refused(refused, str(tmp_path / "none.yaml"))
+
+
+def test_a_state_folder_that_cannot_be_written_is_one_sentence(stack: Stack) -> None:
+    stack.home.write_text("a file is in the way")
+    assert_refused(stack.run("up"), str(stack.home), "VLLM_BATCH_HOME")
+    stack.home.unlink()
+
+
+def test_a_wrong_setting_is_one_sentence(stack: Stack) -> None:
+    refused = stack.run("up", API_PORT="many")
+    assert refused.returncode == 2
+    assert refused.stderr.count("vllm-batch: ") == 1
+    assert "API_PORT" in refused.stderr
+
+
+def assert_refused(refused: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert refused.returncode == 1, refused.stderr
+    assert refused.stderr.count("vllm-batch: ") == 1
+    assert "Traceback" not in refused.stderr
+    assert all(word in refused.stderr for word in words), refused.stderr
