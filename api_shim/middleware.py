@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api_shim.errors import envelope
 
-QUIET_PATHS = frozenset({"/health"})
+READS = frozenset({"GET", "HEAD"})
 
 
 @dataclass(slots=True)
@@ -64,7 +64,9 @@ class RequestTrace:
             self._report(scope, exchange)
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
-        write = self._log.debug if scope["path"] in QUIET_PATHS else self._log.info
+        # Clients poll: what only reads, and works, would bury everything else.
+        is_quiet = scope["method"] in READS and exchange.status is not None and exchange.status < 400
+        write = self._log.debug if is_quiet else self._log.info
         write(
             "request",
             method=scope["method"],

@@ -26,7 +26,8 @@ def serve(settings: Settings) -> None:
 
     Raises ConfigurationError (address, model catalogue, port), StorageFailure.
     """
-    refuse_remote(settings.api_host)
+    if not settings.api_allow_remote:
+        refuse_remote(settings.api_host)
     configure_logs(settings.log_format)
     catalog = build_catalog(settings)
     listener = bind_listener(settings.api_host, settings.api_port)
@@ -56,7 +57,8 @@ def refuse_remote(host: str) -> None:
     if not is_loopback(host):
         raise ConfigurationError(
             f"API_HOST={host} would open the API to other machines, and it has no keys yet: they come with "
-            "the next version. Set API_HOST=127.0.0.1 and use a tunnel or an authenticating proxy."
+            "the next version. Set API_HOST=127.0.0.1 and use a tunnel or an authenticating proxy; or set "
+            "API_ALLOW_REMOTE=true where something else keeps strangers out."
         )
 
 

@@ -32,6 +32,11 @@ class Settings(BaseSettings):
 
     api_host: str = Field(default="127.0.0.1", description="Address of the OpenAI-compatible API.")
     api_port: int = Field(default=4080, ge=1, le=65535, description="Port of the OpenAI-compatible API.")
+    api_allow_remote: bool = Field(
+        default=False,
+        description="Let API_HOST be an address that other machines reach, although the API asks nobody who they are. "
+        "For a container whose port is published on loopback.",
+    )
     dagster_host: str = Field(
         default="127.0.0.1",
         description="Address of the Dagster UI. It has no authentication: keep it on loopback.",

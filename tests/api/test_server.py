@@ -174,6 +174,16 @@ def test_without_keys_only_loopback_is_served(tmp_path: Path, host: str) -> None
     assert not (tmp_path / "home").exists()
 
 
+def test_a_container_may_listen_on_every_address(environment: dict[str, str]) -> None:
+    process = start(environment | {"API_HOST": "0.0.0.0", "API_ALLOW_REMOTE": "true"})
+    try:
+        assert process.stderr is not None
+        assert any("listening" in line for line in process.stderr)
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.8.8", "::1"])
 def test_loopback_is_known_by_all_its_names(host: str) -> None:
     assert is_loopback(host)
