@@ -7,98 +7,23 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
+from tests.stack import PORTS, START_SECONDS, STOP_SECONDS, Stack, descendants, free_ports, wait_for
 from vllm_batch_dagster.adapters.engine import engine_status, manage_engine
 from vllm_batch_dagster.adapters.engine.config import EngineConfig
-from vllm_batch_dagster.cli.processes import is_alive, run_workers, stack_processes
+from vllm_batch_dagster.cli.processes import is_alive, run_workers
 from vllm_batch_dagster.cli.readiness import answers
 from vllm_batch_dagster.core.models import Model
-from vllm_batch_dagster.settings import PROJECT_ROOT, Settings
+from vllm_batch_dagster.settings import PROJECT_ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-START_SECONDS = 150
-STOP_SECONDS = 60
 SERVICES = {"code", "web", "daemon", "api"}
-PORTS = ("CODE_SERVER_PORT", "DAGSTER_PORT", "API_PORT")
-
-
-class Stack:
-    """`vllm-batch` on a state folder and ports of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.home = folder / "home"
-        self.words = folder / "words"
-        ours = {name.upper() for name in Settings.model_fields}
-        self.env = {
-            **{name: value for name, value in os.environ.items() if name not in ours},
-            **dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True)),
-            "VLLM_BATCH_HOME": str(self.home),
-            "MODELS_FILE": str(write_catalogue(folder)),
-            "ENGINE_URL": "http://127.0.0.1:9",
-            "PYTHONPATH": str(PROJECT_ROOT),
-        }
-
-    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end, as in another terminal."""
-        return subprocess.run(
-            command(*arguments),
-            cwd=self.folder,
-            env={**self.env, **env},
-            capture_output=True,
-            text=True,
-            timeout=START_SECONDS,
-            check=False,
-        )
-
-    def start(self) -> "subprocess.Popen[bytes]":
-        """Run `up` as a terminal does, in a process group of its own; its words go to a file."""
-        with self.words.open("wb") as words:
-            return subprocess.Popen(
-                command("up"),
-                cwd=self.folder,
-                env=self.env,
-                stdin=subprocess.DEVNULL,
-                stdout=words,
-                stderr=words,
-                start_new_session=True,
-            )
-
-    def start_and_wait(self) -> "subprocess.Popen[bytes]":
-        up = self.start()
-        wait_for(lambda: "ready in" in self.said() or up.poll() is not None, START_SECONDS)
-        assert up.poll() is None, self.said()
-        return up
-
-    def said(self) -> str:
-        return self.words.read_text(errors="replace")
-
-    def status(self) -> Mapping[str, Any]:
-        status: Mapping[str, Any] = json.loads(self.run("status", "--json").stdout)
-        return status
-
-    def pid_of(self, name: str) -> int:
-        return next(int(process["pid"]) for process in self.status()["processes"] if process["name"] == name)
-
-    def assert_nothing_left(self, seen: list[psutil.Process]) -> None:
-        """No process that was `seen`, none of this stack, no lock, no record, every port free."""
-        assert [process for process in seen if is_alive(process)] == []
-        assert stack_processes(self.home) == []
-        assert not (self.home / "up.lock").exists()
-        assert not (self.home / "up.json").exists()
-        assert [path for path in self.home.rglob("*") if path.is_socket()] == []
-        for port in PORTS:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("127.0.0.1", int(self.env[port])))
 
 
 @pytest.fixture
@@ -150,37 +75,6 @@ def write_lines(path: Path, count: int) -> Path:
 
 def completed_lines(stack: Stack) -> int:
     return sum(batch["completed"] for batch in stack.status()["batches"])
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "vllm_batch_dagster.cli", *arguments]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def write_catalogue(folder: Path) -> Path:
-    catalogue = folder / "models.yaml"
-    catalogue.write_text("models:\n  - name: tiny\n    path: someone/tiny\n")
-    return catalogue
-
-
-def wait_for(is_true: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.1)
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
