@@ -25,7 +25,7 @@ NAMES = (CHAT, EMBEDDINGS, TINY)
 RECIPE_FILE = "recipe.txt"
 CATALOGUE_FILE = "models.yaml"
 CATALOGUE = f"""\
-# The models that a request may name in body.model. Add your own below: see docs/configuration.md.
+# The models that a request may name in body.model. Add your own below: see docs/models.md.
 # path: relative to this file, or absolute, or a Hugging Face id. task: generate or embed (vLLM's pooling runner).
 # args: further arguments of `vllm serve`.
 models:

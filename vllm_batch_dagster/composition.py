@@ -27,7 +27,12 @@ def build_catalog(settings: Settings) -> ModelCatalog:
     """Read the model catalogue. Raises ConfigurationError with the mend when it is missing or wrong."""
     from vllm_batch_dagster.adapters.catalog import load_catalog
 
-    return load_catalog(settings.catalogue_path, extra=settings.model, engine_url=settings.engine_url)
+    return load_catalog(
+        settings.catalogue_path,
+        extra=settings.model,
+        engine_url=settings.engine_url,
+        api_key=settings.engine_api_key.get_secret_value(),
+    )
 
 
 def build_engines(settings: Settings) -> EngineManager:
@@ -36,7 +41,14 @@ def build_engines(settings: Settings) -> EngineManager:
     from vllm_batch_dagster.adapters.engine.config import EngineConfig
 
     if settings.engine_url:
-        return connect_engines(settings.engine_url, settings.engine_api_key.get_secret_value(), settings.max_num_seqs)
+        return connect_engines(
+            settings.engine_url,
+            settings.engine_api_key.get_secret_value(),
+            settings.max_num_seqs,
+            start_seconds=settings.engine_start_seconds,
+            restarts=settings.engine_restarts,
+            stall_seconds=settings.engine_stall_seconds,
+        )
     return manage_engine(
         EngineConfig(
             folder=settings.engine_folder,

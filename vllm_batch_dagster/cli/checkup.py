@@ -118,6 +118,8 @@ def check_engine_environment(settings: Settings) -> Finding:
 
 
 def check_running_engine(settings: Settings) -> Finding:
+    if settings.engine_url:
+        return Finding("running engine", "ok", "none of ours: ENGINE_URL names the servers")
     engine = engine_status(settings.engine_folder)
     if engine is None:
         return Finding("running engine", "ok", "none; it starts with the first batch")
@@ -136,6 +138,9 @@ def check_models(settings: Settings) -> Iterator[Finding]:
         return
     if not models:
         yield Finding("models", "fail", "the catalogue is empty", "run `make setup` or set MODEL")
+    if settings.engine_url:
+        yield Finding("models", "ok", "served there: " + ", ".join(model.name for model in models))
+        return
     yield from (check_model(model) for model in models)
 
 
