@@ -17,6 +17,13 @@ def build_files(settings: Settings) -> FileStore:
     return LocalFiles(settings.files_folder)
 
 
+def sweep_files(settings: Settings) -> None:
+    """Remove the partial files of killed processes. For whoever starts the stack, before anybody writes."""
+    from vllm_batch_dagster.adapters.local_files import LocalFiles
+
+    LocalFiles(settings.files_folder).sweep()
+
+
 def build_workspace(settings: Settings) -> Workspace:
     from vllm_batch_dagster.adapters.local_files import LocalWorkspace
 

@@ -124,6 +124,13 @@ class TestLocalFiles:
         arriving.discard()
         assert all_files(folder) == [folder / "file-1"]
 
+    def test_a_sweep_removes_what_a_killed_process_left(self, folder: Path) -> None:
+        store_bytes(LocalFiles(folder), "file-1", b"x")
+        LocalFiles(folder).create("file-2").write(b"half")
+        assert LocalFiles(folder).sweep() == 1
+        assert all_files(folder) == [folder / "file-1"]
+        assert LocalFiles(folder / "none").sweep() == 0
+
     def test_blocks_are_not_held_in_memory(self, folder: Path) -> None:
         """After 64 blocks of 1 MiB, all but the last is on disk already."""
         arriving = LocalFiles(folder).create("file-1")

@@ -55,6 +55,13 @@ class LocalFiles:
         except OSError as error:
             raise StorageFailure(f"{path} cannot be removed: {error.strerror}.") from error
 
+    def sweep(self) -> int:
+        """Remove what killed processes left half written, and return how many files. Nobody may be writing."""
+        drafts = list((self._folder / ".tmp").glob("*"))
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+        return len(drafts)
+
 
 class _ArrivingFile:
     """Contents on their way to the disk, hashed as they pass."""

@@ -5,7 +5,7 @@ import sys
 
 from vllm_batch_dagster.cli.installation import write_dagster_home
 from vllm_batch_dagster.cli.services import stack_environment
-from vllm_batch_dagster.composition import build_store
+from vllm_batch_dagster.composition import build_store, sweep_files
 from vllm_batch_dagster.core.errors import ConfigurationError
 from vllm_batch_dagster.settings import Settings
 
@@ -17,6 +17,7 @@ def prepare_state(settings: Settings) -> None:
     """Create or upgrade what the services need before the first of them starts. Raises ConfigurationError."""
     write_dagster_home(settings)
     build_store(settings)
+    sweep_files(settings)
     _prepare_dagster(settings)
 
 

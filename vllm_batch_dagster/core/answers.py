@@ -3,9 +3,7 @@
 The body itself goes to the journal and to the output line as the engine's bytes (design section 3).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -48,8 +46,9 @@ class _Error(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class AnswerFacts:
-    """`error` is the engine's own error type, empty for an answer without one."""
+    """`error` is the engine's own error type, empty for an answer without one. `is_object` False: not even JSON."""
 
+    is_object: bool = False
     finish_reasons: tuple[str, ...] = ()
     usage: Usage = _NO_USAGE
     error: str = ""
@@ -57,18 +56,30 @@ class AnswerFacts:
 
 _answer = msgspec.json.Decoder(_Answer)
 _error = msgspec.json.Decoder(_Error)
+# Values stay bytes: what JSON allows and Python cannot hold (1e999, an integer of 5000 digits) passes untouched.
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NOTHING = msgspec.Raw(b"null")
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def read_answer(body: bytes) -> AnswerFacts:
     """Return the facts of a body; those of a body in an unknown shape are empty."""
     try:
         answer = _answer.decode(body)
-    except msgspec.DecodeError:
-        return AnswerFacts()
+    except _UNREADABLE:
+        return AnswerFacts(is_object=_is_object(body))
     reasons = tuple(choice.finish_reason or "none" for choice in answer.choices or ())
     if not reasons and answer.status:
         reasons = (answer.status,)
-    return AnswerFacts(reasons, _to_usage(answer.usage), _error_type(bytes(answer.error)))
+    return AnswerFacts(True, reasons, _to_usage(answer.usage), _error_type(bytes(answer.error)))
+
+
+def _is_object(body: bytes) -> bool:
+    try:
+        _object.decode(body)
+    except _UNREADABLE:
+        return False
+    return True
 
 
 def _to_usage(usage: _Usage | None) -> Usage:
@@ -90,7 +101,7 @@ def _error_type(raw: bytes) -> str:
         return ""
     try:
         error = _error.decode(raw)
-    except msgspec.DecodeError:
+    except _UNREADABLE:
         return "error"
     return error.type or str(error.code or "error")
 
@@ -102,20 +113,22 @@ def as_json_object(body: bytes, status: int) -> bytes:
     text or `{"detail": ...}` is wrapped into OpenAI's error envelope (contract E.1; vllm-engine report 5.1).
     """
     try:
-        parsed = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        body.decode("utf-8")
+        parsed = _object.decode(body)
+    except _UNREADABLE:
         return _wrap_error(body.decode("utf-8", "replace"), status)
-    if not isinstance(parsed, dict):
-        return _wrap_error(body.decode("utf-8", "replace"), status)
-    if status >= 400 and not isinstance(parsed.get("error"), Mapping):
+    if status >= 400 and not bytes(parsed.get("error", _NOTHING)).startswith(b"{"):
         return _wrap_error(_message_of(parsed), status)
     # A raw newline can only stand between tokens: JSON strings escape theirs.
     return body.replace(b"\r", b" ").replace(b"\n", b" ") if b"\n" in body or b"\r" in body else body
 
 
-def _message_of(parsed: dict[str, Any]) -> str:
-    said = parsed.get("detail", parsed.get("error", parsed.get("message")))
-    return said if isinstance(said, str) else msgspec.json.encode(parsed).decode()
+def _message_of(parsed: dict[str, msgspec.Raw]) -> str:
+    said = parsed.get("detail", parsed.get("error", parsed.get("message", _NOTHING)))
+    try:
+        return msgspec.json.decode(said, type=str)
+    except _UNREADABLE:
+        return msgspec.json.encode(parsed).decode()
 
 
 def _wrap_error(message: str, status: int) -> bytes:

@@ -41,7 +41,10 @@ class CurationRules:
 
 
 def make_row(batch_id: str, line: int, custom_id: str, request: bytes, answer: bytes) -> CuratedRow:
-    """Build the row of one answered line from the user's body and the engine's body."""
+    """Build the row of one answered line from the user's body and the engine's body.
+
+    Raises msgspec.DecodeError for JSON that Python cannot hold (1e999).
+    """
     asked: dict[str, Any] = msgspec.json.decode(request)
     said: dict[str, Any] = msgspec.json.decode(answer)
     facts = read_answer(answer)
@@ -76,7 +79,8 @@ def refuse_row(row: CuratedRow, rules: CurationRules) -> str | None:
 def read_prompt(asked: Mapping[str, Any]) -> str:
     """Return the last thing that was asked, as text."""
     messages = _messages(asked)
-    return _flatten(messages[-1].get("content")) if messages else ""
+    last = messages[-1] if messages else None
+    return _flatten(last.get("content") if isinstance(last, dict) else last)
 
 
 def read_text(said: Mapping[str, Any]) -> str:
@@ -91,7 +95,7 @@ def read_text(said: Mapping[str, Any]) -> str:
     return ""
 
 
-def _messages(asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _messages(asked: Mapping[str, Any]) -> list[Any]:
     messages = asked.get("messages") or asked.get("input") or asked.get("prompt") or asked.get("query")
     if isinstance(messages, list) and messages and isinstance(messages[0], dict):
         return messages

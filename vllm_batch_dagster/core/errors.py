@@ -10,8 +10,7 @@ BatchError
 ├── ConfigurationError      a setting, a model entry or the installation is wrong
 └── EngineFailure           the engine cannot answer
     ├── EngineUnavailable   connection refused, reset, shutting down: answers in flight are void, try again
-    ├── EngineStartFailed   the server never became ready: carries the last lines of its log
-    └── EngineBusy          another model holds the engine and is not idle
+    └── EngineStartFailed   the server never became ready: carries the last lines of its log
 """
 
 
@@ -51,7 +50,7 @@ class StorageFailure(BatchError):
 
 
 class CorruptJournal(StorageFailure):
-    """A journal record before the tail fails its checksum. A torn tail is not corruption: it is dropped."""
+    """The record of an answer that was published fails its checksum. Before that, damage only means: send it again."""
 
 
 class ConfigurationError(BatchError):
@@ -68,7 +67,3 @@ class EngineUnavailable(EngineFailure):
 
 class EngineStartFailed(EngineFailure):
     """The engine's process ended or did not become ready in time. The message ends with its log's last lines."""
-
-
-class EngineBusy(EngineFailure):
-    """Another model holds the engine's slot and still has users."""

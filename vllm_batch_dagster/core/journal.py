@@ -3,7 +3,8 @@
     <payload length, 8 hex> <crc32 of payload, 8 hex> <payload: one JSON object>\\n
 
 The payload ends with the engine's body as it came, so that a merge can splice it into the output line. A record
-that is cut off at the end of the file is a torn tail: the line was never acknowledged and is sent again.
+that is damaged (cut off by a death, zeros after a power loss, a flipped bit) is passed over up to the next newline,
+which no payload holds: its line counts as unanswered and is sent again.
 """
 
 import zlib
@@ -16,6 +17,8 @@ import msgspec
 from vllm_batch_dagster.core.errors import CorruptJournal
 
 _HEAD_BYTES = 18
+_PIECE_BYTES = 1 << 20
+MAX_PAYLOAD_BYTES = 1 << 30
 
 
 class JournalRecord(msgspec.Struct, frozen=True):
@@ -57,23 +60,48 @@ def decode_payload(payload: bytes) -> JournalRecord:
 
 
 def read_records(journal: BinaryIO) -> Iterator[PlacedRecord]:
-    """Yield the records from the start. Raises CorruptJournal for a bad record that is not the torn tail."""
+    """Yield the intact records from the start, passing over what is damaged. `journal` is seekable."""
     offset = 0
-    while head := journal.read(_HEAD_BYTES):
-        length, checksum = _parse_head(head)
-        payload = journal.read(length) if length is not None else b""
-        newline = journal.read(1)
-        intact = length == len(payload) and newline == b"\n" and zlib.crc32(payload) == checksum
-        if not intact:
-            if (length is not None and newline == b"") or not journal.read(1):
-                return
-            raise CorruptJournal(f"journal record at byte {offset} fails its checksum")
-        yield PlacedRecord(offset + _HEAD_BYTES, len(payload), decode_payload(payload))
-        offset += _HEAD_BYTES + len(payload) + 1
+    while True:
+        payload = read_payload(journal, offset)
+        if payload is not None:
+            yield PlacedRecord(offset + _HEAD_BYTES, len(payload), decode_payload(payload))
+            offset += _HEAD_BYTES + len(payload) + 1
+        elif (found := _next_record(journal, offset)) is not None:
+            offset = found
+        else:
+            return
 
 
-def _parse_head(head: bytes) -> tuple[int | None, int]:
+def read_payload(journal: BinaryIO, offset: int) -> bytes | None:
+    """Return the payload of the record that begins at byte `offset`, None when there is no intact one."""
+    journal.seek(offset)
+    head = journal.read(_HEAD_BYTES)
+    if len(head) < _HEAD_BYTES:
+        return None
     try:
-        return int(head[:8], 16), int(head[9:17], 16)
+        length, checksum = int(head[:8], 16), int(head[9:17], 16)
     except ValueError:
-        return None, 0
+        return None
+    if not 0 < length <= MAX_PAYLOAD_BYTES:
+        return None
+    payload = journal.read(length)
+    return payload if zlib.crc32(payload) == checksum and journal.read(1) == b"\n" else None
+
+
+def read_placed(journal: BinaryIO, offset: int) -> JournalRecord:
+    """Return the record whose payload lies at `offset`, as a PlacedRecord says. Raises CorruptJournal."""
+    payload = read_payload(journal, offset - _HEAD_BYTES)
+    if payload is None:
+        raise CorruptJournal(f"the journal record at byte {offset} fails its checksum; run the chunk again")
+    return decode_payload(payload)
+
+
+def _next_record(journal: BinaryIO, offset: int) -> int | None:
+    """Return where the next record may begin: behind the next newline; None at the end."""
+    journal.seek(offset)
+    while piece := journal.readline(_PIECE_BYTES):
+        offset += len(piece)
+        if piece.endswith(b"\n"):
+            return offset
+    return None

@@ -13,6 +13,7 @@ from vllm_batch_dagster.core.models import LineError
 
 MAX_LINE_BYTES = 64 << 20
 _EMPTY = msgspec.Raw(b"")
+_QUOTED_LETTERS = 100  # of a name in a message: a failed batch carries a thousand of them
 _LABELS = {
     "/v1/chat/completions": "Chat Completions",
     "/v1/completions": "Completions",
@@ -59,6 +60,12 @@ def read_request(raw: bytes) -> tuple[str, bytes]:
     return line.custom_id, bytes(line.body)
 
 
+def line_too_long(number: int) -> LineError:
+    """Return the error of a line of more than MAX_LINE_BYTES."""
+    message = f"This line is longer than {MAX_LINE_BYTES} bytes, the most that a request may have."
+    return LineError("line_too_long", message, None, number)
+
+
 def hash_custom_id(custom_id: str) -> int:
     """Return the 64-bit hash under which the byte index keeps a custom_id."""
     digest = hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -81,7 +88,7 @@ class LineChecker:
         try:
             raw.decode("utf-8")
             envelope = _envelope.decode(raw)
-        except (UnicodeDecodeError, msgspec.DecodeError):
+        except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):  # the last: nested a thousand deep
             return (LineError("invalid_json_line", "This line is not parseable as valid JSON.", None, number),)
         custom_id = _string(envelope.custom_id)
         errors = tuple(self._envelope_errors(envelope, custom_id, number))
@@ -123,12 +130,12 @@ class LineChecker:
             return None, LineError("invalid_request", "Model parameter is required.", "body.model", number)
         canonical = self._resolve(name)
         if canonical is None:
-            message = f"The provided model '{name}' is not supported by the Batch API."
+            message = f"The provided model '{name[:_QUOTED_LETTERS]}' is not supported by the Batch API."
             return None, LineError("model_not_found", message, "body.model", number)
         self.model = self.model or canonical
         if canonical != self.model:
             message = (
-                f"The model '{name}' for this request does not match the rest of the batch. "
+                f"The model '{name[:_QUOTED_LETTERS]}' for this request does not match the rest of the batch. "
                 "Each batch must contain requests for a single model."
             )
             return None, LineError("mismatched_model", message, "body.model", number)

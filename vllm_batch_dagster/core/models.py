@@ -159,7 +159,8 @@ class ChunkSummary:
     """What a published chunk holds, for the UI and the counts. Times in unix seconds, lengths in tokens.
 
     `first_sent_at` and `last_answer_at` are of the attempt that was published (0.0 when it sent nothing): the span
-    in which the engine worked for it. `sent` are its own lines, `replayed` those that earlier attempts had answered.
+    in which the engine worked for it. `sent` are its own lines and `sent_tokens` what they took, `replayed` the lines
+    that earlier attempts had answered.
     """
 
     counts: RequestCounts
@@ -168,6 +169,7 @@ class ChunkSummary:
     last_answer_at: float = 0.0
     replayed: int = 0
     sent: int = 0
+    sent_tokens: int = 0
     latency_p50: float = 0.0
     latency_p95: float = 0.0
     finish_reasons: Mapping[str, int] = field(default_factory=dict)

@@ -84,17 +84,15 @@ def decide_launches(
 
 def split_ranges(indexes: Sequence[int], parts: int) -> list[tuple[int, int]]:
     """Group sorted `indexes` into contiguous ranges (first, last), at least `parts` of them where possible."""
-    per_part = max(1, -(-len(indexes) // max(1, parts)))
     ranges: list[tuple[int, int]] = []
-    taken = 0
-    for index in indexes:
-        joins = bool(ranges) and index == ranges[-1][1] + 1 and taken < per_part
-        if joins:
+    share_before = -1
+    for position, index in enumerate(indexes):
+        share = position * max(1, parts) // len(indexes)
+        if ranges and index == ranges[-1][1] + 1 and share == share_before:
             ranges[-1] = (ranges[-1][0], index)
         else:
             ranges.append((index, index))
-            taken = 0
-        taken += 1
+        share_before = share
     return ranges
 
 

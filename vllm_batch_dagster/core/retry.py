@@ -32,16 +32,23 @@ class Verdict(StrEnum):
 
 def judge(answer: EngineAnswer) -> Verdict:
     """Classify an answer."""
-    if answer.status == 200:
-        reasons = read_answer(answer.body).finish_reasons
-        return Verdict.FAULT if _BAD_FINISH.intersection(reasons) else Verdict.SUCCESS
+    if 200 <= answer.status < 300:
+        return _judge_success(answer.body)
     if answer.status in _BUSY:
         return Verdict.BUSY
     if answer.status >= 500 and any(word in answer.body for word in _ENGINE_DOWN_WORDS):
         return Verdict.ENGINE_DOWN
     if answer.status in _RETRYABLE:
         return Verdict.FAULT
-    return Verdict.SUCCESS if 200 <= answer.status < 300 else Verdict.REJECTED
+    return Verdict.REJECTED
+
+
+def _judge_success(body: bytes) -> Verdict:
+    facts = read_answer(body)
+    # A page of a proxy, or nothing, is no answer of an engine.
+    if not facts.is_object or _BAD_FINISH.intersection(facts.finish_reasons):
+        return Verdict.FAULT
+    return Verdict.SUCCESS
 
 
 @dataclass(frozen=True, slots=True)

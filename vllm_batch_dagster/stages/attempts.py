@@ -69,7 +69,7 @@ class ChunkAttempt:
         self._store, self._files, self._workspace = store, files, workspace
         self._batch, self._chunk, self._attempt, self._clock = batch, chunk, attempt, clock
         self._done = bytearray(chunk.range.line_count)
-        self._replayed = self._sent = 0
+        self._replayed = self._replayed_tokens = self._sent = 0
         self._buffer: list[bytes] = []
         self._progress = self._durable = self._mirrored = Progress()
         self._first_sent_at = self._last_answer_at = 0.0
@@ -110,6 +110,11 @@ class ChunkAttempt:
         return self._attempt.engine_failures
 
     @property
+    def has_result(self) -> bool:
+        """True when an earlier attempt was published."""
+        return self._chunk.is_published
+
+    @property
     def is_answered(self) -> bool:
         return self._progress.answered == self._chunk.range.line_count
 
@@ -138,6 +143,7 @@ class ChunkAttempt:
             self._count(placed.record)
         self._durable = self._progress
         self._replayed = self._durable.answered
+        self._replayed_tokens = self._durable.usage.total_tokens
 
     def _count(self, record: JournalRecord) -> bool:
         """Add an answer to the progress. Returns False when its line already had one: the first answer wins."""
@@ -212,6 +218,7 @@ class ChunkAttempt:
             last_answer_at=self._last_answer_at,
             replayed=self._replayed,
             sent=self._sent,
+            sent_tokens=self._progress.usage.total_tokens - self._replayed_tokens,
         )
         self._store.chunks.publish(self._attempt, summary, int(self._clock()))
         return summary
@@ -232,8 +239,12 @@ class ChunkAttempt:
 
 def give_up_chunk(attempt: ChunkAttempt, most_failures: int) -> ChunkSummary | None:
     """Count an engine failure against a chunk. When it is the last one allowed, publish what there is, the rest of
-    the lines with the code `engine_failure`; else return None, and a later attempt goes on from the journals."""
-    if attempt.is_durable or attempt.engine_failures + 1 >= most_failures:
+    the lines with the code `engine_failure`; else return None, and a later attempt goes on from the journals.
+
+    A chunk that has a result keeps it until a better one is whole.
+    """
+    is_last = attempt.engine_failures + 1 >= most_failures and not attempt.has_result
+    if attempt.is_durable or is_last:
         return attempt.publish(reason=ENGINE_FAILURE)
     attempt.give_back(ENGINE_FAILURE)
     return None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 import polars
 
 from vllm_batch_dagster.core.curation import CuratedRow, CurationRules, make_row, refuse_row
@@ -68,7 +69,11 @@ def _kept_rows(
             if not line.record.ok:
                 refused["request_failed"] += 1
                 continue
-            row = make_row(batch.id, line.record.line, line.record.custom_id, line.request, bytes(line.record.body))
+            try:
+                row = make_row(batch.id, line.record.line, line.record.custom_id, line.request, bytes(line.record.body))
+            except msgspec.DecodeError:
+                refused["unreadable"] += 1
+                continue
             key = bytes.fromhex(row.prompt_hash)
             reason = refuse_row(row, rules) or ("repeated_prompt" if key in seen else None)
             if reason is None:

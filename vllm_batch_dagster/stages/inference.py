@@ -7,10 +7,11 @@ anything dies in the middle is in docs/data-path.md.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
-from vllm_batch_dagster.core.errors import EngineFailure, EngineUnavailable
+from vllm_batch_dagster.core.errors import EngineFailure, EngineUnavailable, StorageFailure
 from vllm_batch_dagster.core.models import Batch, Chunk, ChunkSummary, Model, StopReason, stop_reason
 from vllm_batch_dagster.core.ports import (
     BatchStore,
@@ -26,16 +27,24 @@ from vllm_batch_dagster.core.ports import (
 from vllm_batch_dagster.core.retry import RetryPolicy, Verdict, judge
 from vllm_batch_dagster.stages.attempts import ChunkAttempt, PendingLine, give_up_chunk
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class InferencePolicy:
-    """`chunk_attempts` bounds attempts that end in an engine failure; the commit limits are the journal's."""
+    """`chunk_attempts` bounds attempts that end in an engine failure; the commit limits are the journal's.
+
+    Every `poll_seconds` a run looks whether its batch goes on; it gives up after `lost_polls` looks in a row that
+    the store did not answer.
+    """
 
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     chunk_attempts: int = 3
     commit_seconds: float = 0.2
     commit_records: int = 256
     poll_seconds: float = 1.0
+    lost_polls: int = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +105,12 @@ class RangeInference:
         if not self._chunks:
             return None
         try:
-            async with self._ports.engines.lease(self._model, self._report) as lease:
-                await self._infer_with(lease)
+            async with _first_error(asyncio.TaskGroup()) as group:
+                # From the start: a batch may be cancelled while the engine starts, or waits for another model's users.
+                watcher = group.create_task(self._watch_batch())
+                async with self._ports.engines.lease(self._model, self._report) as lease:
+                    await self._infer_with(lease, group)
+                watcher.cancel()
         except EngineFailure as error:
             self._settle_engine_failure(error)
         except _Stopped:
@@ -106,17 +119,14 @@ class RangeInference:
             self._close_attempts()
         return None
 
-    async def _infer_with(self, lease: EngineLease) -> None:
+    async def _infer_with(self, lease: EngineLease, group: asyncio.TaskGroup) -> None:
         lines = self._pending_lines()
-        async with _first_error(asyncio.TaskGroup()) as group:
-            committer = group.create_task(self._commit_forever())
-            watcher = group.create_task(self._watch_batch())
-            workers = [group.create_task(self._work(lease, lines)) for _ in range(max(1, lease.window))]
-            await asyncio.gather(*workers)
-            self._commit_now.set()
-            await self._all_published.wait()
-            committer.cancel()
-            watcher.cancel()
+        committer = group.create_task(self._commit_forever())
+        workers = [group.create_task(self._work(lease, lines)) for _ in range(max(1, lease.window))]
+        await asyncio.gather(*workers)
+        self._commit_now.set()
+        await self._all_published.wait()
+        committer.cancel()
 
     def _pending_lines(self) -> Iterator[PendingLine]:
         """Yield the lines without an answer, beginning an attempt at each chunk when its first line is due."""
@@ -181,9 +191,9 @@ class RangeInference:
                     await self._commit(attempt)
 
     async def _commit(self, attempt: ChunkAttempt) -> None:
-        await asyncio.to_thread(attempt.commit, attempt.take_commit())
+        await _finish_on_thread(attempt.commit, attempt.take_commit())
         if attempt.is_durable:
-            summary = await asyncio.to_thread(attempt.publish)
+            summary = await _finish_on_thread(attempt.publish)
             self._mark_done(ChunkDone(attempt.index, attempt.epoch, summary))
 
     def _mark_done(self, done: ChunkDone) -> None:
@@ -194,22 +204,36 @@ class RangeInference:
 
     async def _watch_batch(self) -> None:
         """Mirror the progress into the store, and stop the run when the batch is cancelled or expires."""
+        misses = 0
         while True:
             await asyncio.sleep(self._policy.poll_seconds)
-            batch = await asyncio.to_thread(self._ports.store.batches.get, self._batch.id)
-            if stop_reason(batch, self._ports.clock()):
-                raise _Stopped
-            for attempt in list(self._begun.values()):
-                if attempt.index not in self._published:
-                    await asyncio.to_thread(attempt.mirror_progress)
+            try:
+                await self._look_at_batch()
+                misses = 0
+            except StorageFailure:
+                # A database that restarts must not cost what is in flight.
+                misses += 1
+                if misses > self._policy.lost_polls:
+                    raise
+
+    async def _look_at_batch(self) -> None:
+        batch = await asyncio.to_thread(self._ports.store.batches.get, self._batch.id)
+        if stop_reason(batch, self._ports.clock()):
+            raise _Stopped
+        for attempt in list(self._begun.values()):
+            if attempt.index not in self._published:
+                await asyncio.to_thread(attempt.mirror_progress)
 
     def _unpublished(self) -> list[Chunk]:
         return [chunk for chunk in self._chunks if chunk.index not in self._published]
 
     def _settle_engine_failure(self, error: EngineFailure) -> None:
-        """Count the failure against each unfinished chunk; publish those whose attempts are used up as they are."""
-        left = 0
-        for chunk in self._unpublished():
+        """Count the failure against the chunks that were at work, or against all when the engine never came; publish
+        those whose attempts are used up as they are."""
+        unpublished = self._unpublished()
+        at_work = [chunk for chunk in unpublished if chunk.index in self._begun] or unpublished
+        left = len(unpublished) - len(at_work)
+        for chunk in at_work:
             attempt = self._begun.get(chunk.index) or self._begin(chunk)
             attempt.close()
             done = give_up_chunk(attempt, self._policy.chunk_attempts)
@@ -228,8 +252,19 @@ class RangeInference:
         return stop_reason(self._ports.store.batches.get(self._batch.id), self._ports.clock())
 
     def _close_attempts(self) -> None:
-        for attempt in self._begun.values():
-            attempt.close()
+        """Close all of them, also when the disk refuses the last answers of one; then raise that."""
+        with ExitStack() as stack:
+            for attempt in self._begun.values():
+                stack.callback(attempt.close)
+
+
+async def _finish_on_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run `work` on a thread. When cancelled, still wait for its end: nobody may close a journal under it."""
+    task = asyncio.create_task(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(task)
+    finally:
+        await asyncio.wait([task])
 
 
 @asynccontextmanager

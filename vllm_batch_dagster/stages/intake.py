@@ -5,6 +5,7 @@ Everything is durable before it returns: contents first, then the record that ma
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 
 from vllm_batch_dagster.core.creation import (
     FileFacts,
@@ -16,7 +17,7 @@ from vllm_batch_dagster.core.creation import (
     new_file_id,
     read_batch_params,
 )
-from vllm_batch_dagster.core.errors import InvalidInput, NotFound, StateConflict
+from vllm_batch_dagster.core.errors import InvalidInput, NotFound, StateConflict, StorageFailure
 from vllm_batch_dagster.core.models import Batch, File, Page
 from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
@@ -61,13 +62,25 @@ class FileReceipt:
         try:
             store.files.add(file)
         except BaseException:
-            self._files.delete(self._id)
+            with suppress(StorageFailure):
+                discard_unregistered(self._id, store, self._files)
             raise
         return file
 
     def abandon(self) -> None:
         """Remove what has arrived. Harmless after `finish`."""
         self._stored.discard()
+
+
+def discard_unregistered(file_id: str, store: BatchStore, files: FileStore) -> None:
+    """Delete the contents of a file unless the store has a record of it: its reply may have been lost on the way.
+
+    Raises StorageFailure when the store cannot say; then the contents stay.
+    """
+    try:
+        store.files.get(file_id)
+    except NotFound:
+        files.delete(file_id)
 
 
 def file_too_large(max_bytes: int) -> InvalidInput:

@@ -10,30 +10,37 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vllm_batch_dagster.core.errors import StorageFailure
-from vllm_batch_dagster.core.journal import PlacedRecord, read_records
+from vllm_batch_dagster.core.journal import JournalRecord, PlacedRecord, read_placed, read_records
 from vllm_batch_dagster.core.ports import Workspace
 from vllm_batch_dagster.core.results import ResultEntry
-from vllm_batch_dagster.stages.publication import sync_folder
+from vllm_batch_dagster.stages.publication import sync_folder, unwritable
 
 
 class JournalWriter:
-    """The journal of one attempt. Each `write` is one group commit."""
+    """The journal of one attempt, a new file. Each `write` is one group commit. Raises StorageFailure."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        self._refusal = ""
         sync_folder(path.parent)
 
     def write(self, records: Sequence[bytes]) -> None:
         """Append encoded records and fsync. When it returns, they are durable.
 
-        Raises StorageFailure (disk full, input/output error); none of these records counts then.
+        Raises StorageFailure (disk full, input/output error); none of these records counts then, and the journal
+        takes no more: what stands behind half a record could not be read back.
         """
+        if self._refusal:
+            raise StorageFailure(self._refusal)
         try:
             _write_all(self._descriptor, b"".join(records))
             os.fdatasync(self._descriptor)
         except OSError as error:
-            message = f"the journal could not be written: {error.strerror}; free space, then run the chunk again"
-            raise StorageFailure(message) from error
+            self._refusal = f"the journal could not be written: {error.strerror}; free space, then run the chunk again"
+            raise StorageFailure(self._refusal) from error
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -71,11 +78,9 @@ class JournalReader:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def read(self, entry: ResultEntry) -> bytes:
-        """Return the payload of the record at `entry`."""
+    def read(self, entry: ResultEntry) -> JournalRecord:
+        """Return the record at `entry`. Raises CorruptJournal."""
         if entry.epoch not in self._open:
             path = self._workspace.journal_path(self._batch_id, self._chunk, entry.epoch)
             self._open[entry.epoch] = self._stack.enter_context(path.open("rb"))
-        journal = self._open[entry.epoch]
-        journal.seek(entry.offset)
-        return journal.read(entry.length)
+        return read_placed(self._open[entry.epoch], entry.offset)

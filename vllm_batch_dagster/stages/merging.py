@@ -5,14 +5,13 @@ expires (then lines without an answer go to the error file with that reason). St
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from vllm_batch_dagster.core.byteindex import IndexEntry, read_count, read_entries
 from vllm_batch_dagster.core.errors import BatchError, StateConflict, StorageFailure
 from vllm_batch_dagster.core.histogram import Buckets, Histogram
-from vllm_batch_dagster.core.journal import decode_payload
 from vllm_batch_dagster.core.lines import read_request
 from vllm_batch_dagster.core.merging import (
     Tally,
@@ -35,6 +34,7 @@ from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore, StoredFi
 from vllm_batch_dagster.core.results import SUCCEEDED, UNANSWERED, read_results
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
 from vllm_batch_dagster.stages.attempts import ChunkAttempt
+from vllm_batch_dagster.stages.intake import discard_unregistered
 from vllm_batch_dagster.stages.journals import JournalReader
 
 _ENDINGS = {
@@ -77,7 +77,6 @@ def merge_batch(batch: Batch, ports: MergePorts, *, run_id: str) -> MergeReport:
     fails (then nothing is registered). Safe to repeat: every merge makes new files, the last one counts.
     """
     stopping = stop_reason(batch, ports.clock())
-    batch = _enter(batch, ports, stopping)
     if stopping:
         _seal_rest(batch, ports, stopping, run_id)
     # Read before the chunks: a result published meanwhile must leave the batch stale, not look merged.
@@ -85,9 +84,10 @@ def merge_batch(batch: Batch, ports: MergePorts, *, run_id: str) -> MergeReport:
     chunks = ports.store.chunks.list(batch.id)
     if missing := [chunk.index for chunk in chunks if not chunk.is_published]:
         raise StateConflict(f"chunks {missing} of {batch.id} have no result yet: materialize chunk_results for them")
+    batch = _enter(batch, ports, stopping)
     output, errors = _write_files(batch, chunks, ports)
     files = tuple(filter(None, (output, errors)))
-    with _deleted_on_error(ports.files, files):
+    with _deleted_on_error(ports, files):
         tally = _prove(batch, output, errors, ports)
         counts, usage = _add_up(chunks)
         changes = {"counts": counts, "usage": usage, "merged_version": version}
@@ -100,13 +100,17 @@ def merge_batch(batch: Batch, ports: MergePorts, *, run_id: str) -> MergeReport:
 
 
 @contextmanager
-def _deleted_on_error(store: FileStore, files: Sequence[File]) -> Iterator[None]:
-    """Delete the contents of `files` when they could not be registered, so that nothing is left without an owner."""
+def _deleted_on_error(ports: MergePorts, files: Sequence[File]) -> Iterator[None]:
+    """Delete the contents of `files` when they could not be registered, so that nothing is left without an owner.
+
+    A store that fails may have committed before its reply was lost: it is asked first, and if it cannot say, they stay.
+    """
     try:
         yield
     except BatchError:
         for file in files:
-            store.delete(file.id)
+            with suppress(StorageFailure):
+                discard_unregistered(file.id, ports.store, ports.files)
         raise
 
 
@@ -165,9 +169,11 @@ class _Sheet:
     def __enter__(self) -> "_Sheet":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._stored is not None:
             self._stored.discard()
+            if kind is not None:  # it may be finished already, and the other one was refused
+                self._ports.files.delete(self._id)
 
     def write(self, line: bytes) -> None:
         if self._stored is None:
@@ -188,9 +194,11 @@ def merged_lines(batch: Batch, chunk: Chunk, files: FileStore, workspace: Worksp
     """Yield (belongs to the output file, rendered line) for each line of a published chunk, in input order."""
     with ExitStack() as stack:
         index = stack.enter_context(workspace.index_path(batch.id).open("rb"))
-        source = stack.enter_context(files.open(batch.input_file_id)) if _has_gaps(chunk) else None
         with workspace.result_path(batch.id, chunk.index, chunk.published_epoch).open("rb") as packed:
             results = read_results(packed)
+        # The input may be deleted by now; only lines without an answer need it.
+        has_gaps = any(entry.outcome == UNANSWERED for entry in results.entries)
+        source = stack.enter_context(files.open(batch.input_file_id)) if has_gaps else None
         journals = stack.enter_context(JournalReader(workspace, batch.id, chunk.index))
         lines = read_entries(index, chunk.range.first_line, chunk.range.line_count)
         for position, (entry, result) in enumerate(zip(lines, results.entries, strict=True)):
@@ -202,13 +210,8 @@ def merged_lines(batch: Batch, chunk: Chunk, files: FileStore, workspace: Worksp
             else:
                 yield (
                     result.outcome == SUCCEEDED,
-                    render_answer(batch.id, decode_payload(journals.read(result))),
+                    render_answer(batch.id, journals.read(result)),
                 )
-
-
-def _has_gaps(chunk: Chunk) -> bool:
-    summary = chunk.summary
-    return summary is None or sum(summary.error_codes.values()) > 0
 
 
 def _custom_id(source: BinaryIO, entry: IndexEntry) -> str:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from vllm_batch_dagster.core.byteindex import read_entries
-from vllm_batch_dagster.core.journal import JournalRecord, decode_payload
+from vllm_batch_dagster.core.journal import JournalRecord
 from vllm_batch_dagster.core.lines import read_request
 from vllm_batch_dagster.core.models import Batch, Chunk
 from vllm_batch_dagster.core.ports import FileStore, Workspace
@@ -38,4 +38,4 @@ def answered_lines(
                 left -= 1
                 source.seek(entry.offset)
                 request = read_request(source.read(entry.length))[1]
-                yield AnsweredLine(request, decode_payload(journals.read(result)))
+                yield AnsweredLine(request, journals.read(result))

@@ -57,6 +57,7 @@ def seal_chunk(
     last_answer_at: float = 0.0,
     replayed: int = 0,
     sent: int = 0,
+    sent_tokens: int = 0,
 ) -> ChunkSummary:
     """Write the result index of `attempt` and return its summary. Lines without an answer get the code `reason`.
 
@@ -81,6 +82,7 @@ def seal_chunk(
         last_answer_at=last_answer_at,
         replayed=replayed,
         sent=sent,
+        sent_tokens=sent_tokens,
         latency_p50=summing.quantile(0.5),
         latency_p95=summing.quantile(0.95),
         finish_reasons=dict(summing.finish_reasons),

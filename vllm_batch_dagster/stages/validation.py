@@ -4,6 +4,7 @@ Called by the `validated_input` asset. One pass over the file, a second over the
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,13 +19,14 @@ from vllm_batch_dagster.core.byteindex import (
 )
 from vllm_batch_dagster.core.chunking import plan_chunks
 from vllm_batch_dagster.core.duplicates import DuplicateFilter, repeated_lines
-from vllm_batch_dagster.core.errors import NotFound
+from vllm_batch_dagster.core.errors import NotFound, StateConflict
 from vllm_batch_dagster.core.histogram import Buckets, Histogram
 from vllm_batch_dagster.core.lines import (
     MAX_LINE_BYTES,
     CheckedLine,
     LineChecker,
     hash_custom_id,
+    line_too_long,
     read_request,
 )
 from vllm_batch_dagster.core.models import Batch, ChunkRange, LineError, RequestCounts
@@ -71,19 +73,23 @@ def validate_batch(
 ) -> ValidationReport:
     """Validate the input of `batch` and move the batch to `in_progress` or `failed`.
 
-    Doing it again for a batch that is past validation rewrites the same index and changes nothing else.
+    Doing it again for a batch that is past validation rewrites the same index and changes nothing else. A batch that
+    was cancelled meanwhile stays so.
     """
     report = inspect_input(batch, store, files, workspace, catalog, limits, clock)
-    if batch.status is not BatchStatus.VALIDATING:
-        return report
-    now = int(clock())
+    if batch.status is BatchStatus.VALIDATING:
+        with suppress(StateConflict):
+            _leave_validation(batch, report, store, int(clock()))
+    return report
+
+
+def _leave_validation(batch: Batch, report: ValidationReport, store: BatchStore, now: int) -> None:
     if report.errors:
         store.batches.advance(batch.id, BatchEvent.INVALID, now, errors=report.errors)
     else:
         store.chunks.plan(batch.id, report.chunks)
         counts = RequestCounts(total=report.lines)
         store.batches.advance(batch.id, BatchEvent.PLANNED, now, counts=counts, model=report.model)
-    return report
 
 
 def inspect_input(
@@ -119,6 +125,10 @@ def _reject(code: str, message: str, param: str | None = None) -> ValidationRepo
     return ValidationReport(0, 0, None, (LineError(code, message, param, None),), (), ())
 
 
+class _Unfit(Exception):
+    """The file has errors. Control flow inside this module only."""
+
+
 class _Inspection:
     """One pass over one input file."""
 
@@ -131,29 +141,43 @@ class _Inspection:
         self._lines = 0
 
     def run(self, source: BinaryIO, index_path: Path) -> ValidationReport:
+        # The index of a file with errors is not kept: it may stand in the place of one that a batch works with.
+        with suppress(_Unfit), publish(index_path) as index:
+            self._write_index(index, source)
+            with Path(index.name).open("rb") as packed:
+                self._find_duplicates(packed, source)
+                report = self._conclude(packed)
+            if report.errors:
+                raise _Unfit
+        return report
+
+    def _write_index(self, index: BinaryIO, source: BinaryIO) -> None:
         # The line count is known only at the end, so the header is written twice.
-        with publish(index_path) as index:
-            index.write(pack_header(0))
-            for entry in self._entries(source):
-                index.write(pack_entry(entry))
-            index.seek(0)
-            index.write(pack_header(self._lines))
-        with index_path.open("rb") as packed:
-            self._find_duplicates(packed, source)
-            return self._conclude(packed)
+        index.write(pack_header(0))
+        for entry in self._entries(source):
+            index.write(pack_entry(entry))
+        index.seek(0)
+        index.write(pack_header(self._lines))
+        index.flush()
 
     def _entries(self, source: BinaryIO) -> Iterator[IndexEntry]:
         """Yield an entry for every good line; collect the errors of the others."""
         for number, offset, raw in _numbered_lines(source):
+            if raw is None:
+                self._note(line_too_long(number))
+                continue
             checked = self._checker.check(raw, number)
             if not isinstance(checked, CheckedLine):
-                self._errors.extend(checked[: max(0, self._limits.max_errors - len(self._errors))])
+                self._note(*checked)
                 continue
             id_hash, tokens = hash_custom_id(checked.custom_id), estimate_tokens(checked.body)
             self._duplicates.add(id_hash)
             self._lengths.add(tokens)
             self._lines += 1
             yield IndexEntry(offset, len(raw), id_hash, tokens)
+
+    def _note(self, *errors: LineError) -> None:
+        self._errors.extend(errors[: max(0, self._limits.max_errors - len(self._errors))])
 
     def _find_duplicates(self, packed: BinaryIO, source: BinaryIO) -> None:
         """Settle the suspects of the filter: repeated hashes by position, then by the ids themselves."""
@@ -211,16 +235,35 @@ def _resolver(catalog: ModelCatalog) -> Callable[[str], str | None]:
     return resolve
 
 
-def _numbered_lines(source: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (1-based number, offset, bytes without the line's end) of the lines that are not blank."""
+def _numbered_lines(source: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yield (1-based number, offset, bytes without the line's end) of the lines that are not blank.
+
+    None stands for the bytes of a line over the limit: it is passed over in pieces and never held whole.
+    """
     source.seek(0)
     offset = number = 0
-    while line := source.readline(MAX_LINE_BYTES + 1):
+    longest = MAX_LINE_BYTES + len(b"\r\n")
+    while piece := source.readline(longest):
         number += 1
-        raw = line.rstrip(b"\r\n")
-        if raw.strip():
+        length, raw = len(piece), piece.rstrip(b"\r\n")
+        if length == longest and not piece.endswith(b"\n"):
+            length += _skip_line(source)
+            yield number, offset, None
+        elif len(raw) > MAX_LINE_BYTES:
+            yield number, offset, None
+        elif raw.strip():
             yield number, offset, raw
-        offset += len(line)
+        offset += length
+
+
+def _skip_line(source: BinaryIO) -> int:
+    """Read on to the end of the line. Returns how many bytes that were."""
+    skipped = 0
+    while piece := source.readline(1 << 20):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _line_numbers(source: BinaryIO) -> Callable[[int], int]:

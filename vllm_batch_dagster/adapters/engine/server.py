@@ -14,6 +14,7 @@ from vllm_batch_dagster.core.ports import EngineAnswer, EngineRequest
 from vllm_batch_dagster.core.retry import Verdict, judge
 
 _REFUSALS = 2
+_CLOSED_DOORS = frozenset({401, 403})
 _LONGEST_PROGRESS_LOOK = 10.0
 
 
@@ -68,6 +69,10 @@ class Server:
         if self.down is not None:
             raise EngineUnavailable(self.down)
         answer = await self._exchange(request)
+        if answer.status in _CLOSED_DOORS or 300 <= answer.status < 400:
+            # A wrong key or a login page: about us, not about the line.
+            self.declare_down(f"{self.client.base_url} answers {answer.status}: check ENGINE_URL and ENGINE_API_KEY")
+            raise EngineUnavailable(self.down or "")
         if answer.status >= 500:
             await self._suspect(answer)
         self._answers += 1
