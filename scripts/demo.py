@@ -2,194 +2,202 @@
 
 Starts the whole stack, sends examples/questions.jsonl through the official `openai` client, shows the progress, checks
 all answers, prints three of them and where everything is, and stops what it started. Exit code 0 only if it all holds.
+With `--keep` it waits for Enter before it stops, so that the UI can be looked at.
 """
 
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import openai
-from rich.console import Console
+import polars
+from openai.types import Batch
+from rich.console import Console, Group
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-ROOT = Path(__file__).resolve().parent.parent
-QUESTIONS = ROOT / "examples" / "questions.jsonl"
-HOME = Path(os.environ.get("VLLM_BATCH_HOME", ROOT / ".vllm-batch-demo"))
+from scripts.commands import ROOT
+from scripts.stack import QUESTIONS, EngineWords, Stack, StackFailed, poll, running_stack, submit, wait_until_idle
+
+HOME = Path(os.environ.get("VLLM_BATCH_HOME", ROOT / ".vllm-batch-demo")).absolute()
 BATCH_SECONDS = 600
-TERMINAL = {"completed", "failed", "expired", "cancelled"}
 SHOWN = ("capital-japan", "why-sky-blue", "python-reverse")
+STEPS = ("in_progress", "finalizing", "completed", "cancelling", "cancelled", "expired", "failed")
 
-console = Console()
-
-
-class DemoFailed(Exception):
-    """The demo did not do what it promises; the message says what is wrong."""
+console = Console(highlight=False)
 
 
-def choose_port(wanted: int) -> int:
-    """Return `wanted`, or a free port when another program has it."""
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+class Meter:
+    """Tokens per second of the engine: from the moment it was ready to the newest answer."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._ended = 0.0
+        self._tokens = 0
+
+    def read(self, batch: Batch, is_engine_ready: bool) -> None:
+        now, tokens = time.monotonic(), batch.usage.total_tokens if batch.usage else 0
+        if self._began is None and (is_engine_ready or tokens):
+            self._began = now
+        if tokens > self._tokens:
+            self._tokens, self._ended = tokens, now
+
+    def __str__(self) -> str:
+        if self._began is None or self._ended <= self._began:
+            return ""
+        return f"{self._tokens / (self._ended - self._began):.0f} tokens/s"
 
 
-@contextmanager
-def running_stack(environment: dict[str, str]) -> Iterator[None]:
-    """Run `vllm-batch up` until the block ends; then stop it, the engine included."""
-    command = [str(Path(sys.executable).with_name("vllm-batch")), "up"]
-    log = HOME / "demo.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        stack = subprocess.Popen(
-            command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            wait_until_ready(stack, environment, log)
-            yield
-        finally:
-            stack.send_signal(signal.SIGINT)
-            stack.wait(timeout=90)
-
-
-def wait_until_ready(stack: subprocess.Popen[bytes], environment: dict[str, str], log: Path) -> None:
-    """Wait for the API and for the Dagster UI, which comes up last."""
-    ports = [int(environment["DAGSTER_PORT"]), int(environment["API_PORT"])]
-    deadline = time.monotonic() + 120
-    with console.status("Starting the API, the Dagster UI, the daemon and the code server …"):
-        while not all(map(answers, ports)):
-            if stack.poll() is not None or time.monotonic() > deadline:
-                raise DemoFailed(f"the stack did not start:\n{tail(log)}")
-            time.sleep(0.3)
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def submit(client: openai.OpenAI) -> str:
-    """Upload the questions and create the batch: the two calls of OpenAI's guide."""
-    with QUESTIONS.open("rb") as questions:
-        uploaded = client.files.create(file=questions, purpose="batch")
-    batch = client.batches.create(
-        input_file_id=uploaded.id,
-        endpoint="/v1/chat/completions",
-        completion_window="24h",
-        metadata={"name": "demo"},
-    )
-    return batch.id
-
-
-def follow(client: openai.OpenAI, batch_id: str) -> openai.types.Batch:
-    """Poll the batch until it has ended, with a live bar: counts and answers per second."""
-    columns = (
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
+def follow(stack: Stack, batch_id: str) -> tuple[Batch, Meter]:
+    """Poll the batch until it has ended, with a live bar and, while no answer is there, what the engine is doing."""
+    words, meter = EngineWords(stack.log), Meter()
+    bar = Progress(
+        TextColumn("{task.description:<11}"),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
+        console=console,
     )
-    seen: list[str] = []
-    deadline = time.monotonic() + BATCH_SECONDS
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("validating", total=None, rate="")
-        while time.monotonic() < deadline:
-            batch = client.batches.retrieve(batch_id)
-            if batch.status not in seen:
-                seen.append(batch.status)
-            show(progress, task, batch)
-            if batch.status in TERMINAL:
-                console.print("Statuses seen: " + " → ".join(seen))
-                return batch
-            time.sleep(0.5)
-    raise DemoFailed(f"{batch_id} did not finish within {BATCH_SECONDS} s: see {HOME / 'demo.log'}")
+    task = bar.add_task("validating", total=None, rate="")
+    with live_view(bar) as live:
+        for batch in poll(stack, batch_id, BATCH_SECONDS):
+            sentence, counts = words.latest(), batch.request_counts
+            meter.read(batch, " is ready" in sentence)
+            done = counts.completed + counts.failed if counts else 0
+            total = (counts.total if counts else 0) or None
+            bar.update(task, description=batch.status, completed=done, total=total, rate=str(meter))
+            note = Text(f"  {sentence.partition(';')[0]}", style="dim", no_wrap=True, overflow="ellipsis")
+            live.update(Group(bar, note) if sentence and not done else bar)
+    return batch, meter
 
 
-def show(progress: Progress, task: object, batch: openai.types.Batch) -> None:
-    counts = batch.request_counts
-    done = counts.completed + counts.failed if counts else 0
-    total = (counts.total or None) if counts else None
-    progress.update(task, description=batch.status, completed=done, total=total, rate=rate_of(batch))  # type: ignore[arg-type]
+@contextmanager
+def live_view(bar: Progress) -> Iterator[Live]:
+    try:
+        with Live(bar, console=console) as live:
+            yield live
+    finally:
+        if not console.is_terminal:
+            console.print()  # rich ends the line on a terminal only
 
 
-def rate_of(batch: openai.types.Batch) -> str:
-    """Return tokens per second once the engine has reported usage, from the start of the work to its end."""
-    if not batch.usage or not batch.in_progress_at:
-        return "starting the engine …" if batch.status == "in_progress" else ""
-    seconds = max(1, (batch.completed_at or time.time()) - batch.in_progress_at)
-    return f"{batch.usage.total_tokens / seconds:.0f} tokens/s"
+def describe_path(batch: Batch) -> str:
+    """Return the statuses of the batch with the seconds in each, from its own timestamps: polling may miss one."""
+    reached = {"validating": batch.created_at}
+    reached |= {step: at for step in STEPS if (at := getattr(batch, f"{step}_at")) is not None}
+    path = sorted(reached.items(), key=lambda item: item[1])
+    spans = [f"{name} {after[1] - at} s" for (name, at), after in pairwise(path)]
+    return " → ".join([*spans, path[-1][0]])
 
 
-def check(client: openai.OpenAI, batch: openai.types.Batch) -> dict[str, str]:
-    """Return custom_id -> answer. Raises DemoFailed unless every question has one well-formed answer, in order."""
+def check(client: openai.OpenAI, batch: Batch) -> dict[str, str]:
+    """Return custom_id -> answer. Raises StackFailed unless every question has one well-formed answer, in order."""
     if batch.status != "completed" or batch.error_file_id or not batch.output_file_id:
-        raise DemoFailed(f"the batch ended as {batch.status}: {batch.errors or batch.error_file_id}")
+        raise StackFailed(f"the batch ended as {batch.status}: {_why(client, batch)}")
     asked = [json.loads(line)["custom_id"] for line in QUESTIONS.read_text().splitlines()]
     lines = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
     if [line["custom_id"] for line in lines] != asked:
-        raise DemoFailed("the output does not hold every custom_id exactly once in input order")
+        raise StackFailed("the output does not hold every custom_id exactly once in input order")
     answers = {}
     for line in lines:
         choice = line["response"]["body"]["choices"][0]
         if line["response"]["status_code"] != 200 or not choice["message"]["content"].strip():
-            raise DemoFailed(f"the answer to {line['custom_id']} is malformed: {line}")
+            raise StackFailed(f"the answer to {line['custom_id']} is malformed: {line}")
         answers[line["custom_id"]] = choice["message"]["content"].strip()
     return answers
 
 
-def present(batch: openai.types.Batch, answers: dict[str, str], environment: dict[str, str]) -> None:
+def _why(client: openai.OpenAI, batch: Batch) -> str:
+    """Return the first thing that went wrong in a batch."""
+    if batch.errors and batch.errors.data:
+        return str(batch.errors.data[0].message)
+    if batch.error_file_id:
+        return client.files.content(batch.error_file_id).text.partition("\n")[0]
+    return "it has no output file"
+
+
+def find_dataset(batch: Batch) -> tuple[Path, int]:
+    """Return the folder of the curated answers and their number. Raises StackFailed when it is not there."""
+    folder = HOME / "datasets" / "curated" / f"batch={batch.id}"
+    parts = sorted(folder.glob("*.parquet"))
+    if not parts:
+        raise StackFailed(f"there is no Parquet dataset in {folder}")
+    return folder, int(polars.scan_parquet(parts).select(polars.len()).collect().item())
+
+
+def present(stack: Stack, batch: Batch, meter: Meter, answers: dict[str, str]) -> None:
+    """Print three answers and where everything is. Paths and URLs stand alone on a line, so that they can be copied."""
     for name in SHOWN:
-        console.print(Panel(answers[name], title=name, title_align="left", width=100))
-    api, dagster = (f"http://127.0.0.1:{environment[name]}" for name in ("API_PORT", "DAGSTER_PORT"))
-    usage = batch.usage
-    console.print(f"[green]All {len(answers)} answers are there.[/] Tokens: {usage.total_tokens if usage else 0}")
-    console.print(f"Output file    {HOME / 'files' / str(batch.output_file_id)}")
-    console.print(f"               {api}/v1/files/{batch.output_file_id}/content")
-    for asset, partition in (
-        ("validated_input", batch.id),
-        ("chunk_results", f"{batch.id}|0000"),
-        ("merged_output", batch.id),
-        ("curated_export", batch.id),
-    ):
-        console.print(f"{asset:<15}{dagster}/assets/{asset}?view=partitions&partition={partition}", soft_wrap=True)
+        console.print(Panel(Text(answers[name]), title=name, title_align="left", width=min(80, console.width)))
+    tokens = batch.usage.total_tokens if batch.usage else 0
+    console.print(f"[green]All {len(answers)} answers are there:[/] {tokens} tokens, {meter}")
+    folder, rows = find_dataset(batch)
+    show("Output file", str(stack.home / "files" / str(batch.output_file_id)))
+    show(f"Parquet dataset: the {rows} answers that ended by themselves", str(folder))
+    show(
+        "In the Dagster UI: the graph, the first chunk, the merged output",
+        f"{stack.dagster_url}/asset-groups",
+        f"{stack.dagster_url}/assets/chunk_results?view=partitions&partition={batch.id}%7C0000",
+        f"{stack.dagster_url}/assets/merged_output?view=partitions&partition={batch.id}",
+    )
+
+
+def show(label: str, *places: str) -> None:
+    console.print(Text(label, style="bold"))
+    for place in places:
+        # The terminal wraps it, we do not: a line break of ours would be copied with it.
+        console.print(Text(f"  {place}"), soft_wrap=True)
+
+
+def run_demo() -> None:
+    with console.status("Starting the API, the Dagster UI, its daemon and the code server …") as status:
+        # Chunks of ten lines, so that the UI has several to show.
+        settings = {"UI_SAMPLES": "true", "CHUNK_SIZE": os.environ.get("CHUNK_SIZE", "10")}
+        with running_stack(HOME, settings) as stack:
+            status.stop()
+            try:
+                run_batch(stack)
+            finally:
+                status.update("Stopping everything …")
+                status.start()
+
+
+def run_batch(stack: Stack) -> None:
+    batch, meter = follow(stack, submit(stack.client))
+    console.print(describe_path(batch), soft_wrap=True)
+    answers = check(stack.client, batch)
+    wait_until_idle(stack)
+    present(stack, batch, meter, answers)
+    if "--keep" in sys.argv:
+        console.input("The stack is still running. Press Enter to stop it. ")
 
 
 def main() -> int:
-    environment = dict(os.environ)
-    environment |= {
-        "VLLM_BATCH_HOME": str(HOME),
-        "UI_SAMPLES": "true",
-        "API_PORT": str(choose_port(4080)),
-        "DAGSTER_PORT": str(choose_port(3000)),
-        "CODE_SERVER_PORT": str(choose_port(4266)),
-    }
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{environment['API_PORT']}/v1", api_key="unused")
+    # A closed terminal or a `kill` stops the stack as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
-        with running_stack(environment):
-            batch = follow(client, submit(client))
-            present(batch, check(client, batch), environment)
-            if "--keep" in sys.argv:
-                console.input("The stack is still running. Press Enter to stop it. ")
-    except DemoFailed as error:
-        console.print(f"[red]The demo failed:[/] {error}")
+        run_demo()
+    except (StackFailed, openai.OpenAIError, OSError) as error:
+        console.print(Text.assemble(("The demo failed: ", "red"), str(error)), soft_wrap=True)
         return 1
-    console.print("Everything is stopped. Run [bold]vllm-batch up[/] to keep a server running.")
+    except KeyboardInterrupt:
+        console.print("[red]The demo was interrupted.[/] Everything is stopped.")
+        return 130
+    console.print("Everything is stopped. To look at the batch in the UI, start the stack again:")
+    console.print(Text(f"  VLLM_BATCH_HOME={HOME} make up"), soft_wrap=True)
     return 0
 
 
