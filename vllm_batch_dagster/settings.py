@@ -12,6 +12,8 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+LOOPBACK = "127.0.0.1"
+WILDCARDS = frozenset({"", "0.0.0.0", "::"})
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -161,6 +163,16 @@ class Settings(BaseSettings):
         return self.models_file or cache / "models.yaml"
 
     @property
+    def api_url(self) -> str:
+        """How a client on this machine reaches the API."""
+        return local_url(self.api_host, self.api_port)
+
+    @property
+    def dagster_url(self) -> str:
+        """How a browser on this machine reaches the Dagster UI."""
+        return local_url(self.dagster_host, self.dagster_port)
+
+    @property
     def files_folder(self) -> Path:
         return self.vllm_batch_home / "files"
 
@@ -183,6 +195,12 @@ class Settings(BaseSettings):
     @property
     def log_folder(self) -> Path:
         return self.vllm_batch_home / "logs"
+
+
+def local_url(host: str, port: int) -> str:
+    """Return the http URL of a local listener; a wildcard address is reached on loopback."""
+    reachable = LOOPBACK if host in WILDCARDS else host
+    return f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
 
 
 def load_settings() -> Settings:

@@ -12,10 +12,9 @@ from vllm_batch_dagster.cli.addresses import (
     describe_conflict,
     is_free,
     listening_addresses,
-    local_url,
     port_owner,
 )
-from vllm_batch_dagster.settings import Settings
+from vllm_batch_dagster.settings import Settings, local_url
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """What is launched for each state of a batch and of the graph."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_batch_dagster.core.models import Batch, Chunk, ChunkRange
+from vllm_batch_dagster.core.models import Batch, Chunk, ChunkRange, ChunkSummary, RequestCounts, Usage
 from vllm_batch_dagster.core.reconciling import (
     AttemptPlan,
     GraphState,
@@ -20,23 +21,41 @@ from vllm_batch_dagster.core.states import BatchStatus
 
 BATCH = Batch("batch_1", "file_1", "/v1/chat/completions", "24h", BatchStatus.IN_PROGRESS, 0, 86_400)
 CHUNKS = [Chunk("batch_1", ChunkRange(index, index * 10, 10, 0, 1)) for index in range(4)]
+PUBLISHED = [replace(chunk, epoch=1, base_epoch=1, published_epoch=1) for chunk in CHUNKS]
 NOTHING = GraphState({})
 NOW = 1000.0
 
 
-def launched(batch: Batch, graph: GraphState, now: float = NOW) -> list[tuple[Step, tuple[int, int] | None]]:
-    return [(launch.step, launch.chunks) for launch in decide_launches(batch, CHUNKS, graph, now)]
+def launched(
+    batch: Batch, graph: GraphState, now: float = NOW, chunks: Sequence[Chunk] = PUBLISHED
+) -> list[tuple[Step, tuple[int, int] | None]]:
+    return [(launch.step, launch.chunks) for launch in decide_launches(batch, chunks, graph, now)]
 
 
 def test_the_path_of_a_batch() -> None:
     assert launched(replace(BATCH, status=BatchStatus.VALIDATING), NOTHING) == [(Step.VALIDATE, None)]
-    assert launched(BATCH, NOTHING) == [(Step.INFER, (0, 3))]
+    assert launched(BATCH, NOTHING, chunks=CHUNKS) == [(Step.INFER, (0, 3))]
     assert launched(BATCH, GraphState({0: 5, 2: 6})) == [(Step.INFER, (1, 1)), (Step.INFER, (3, 3))]
     assert launched(BATCH, GraphState({0: 5, 1: 6, 2: 7, 3: 8})) == [(Step.FINALIZE, None)]
 
 
+def test_a_chunk_that_is_shown_but_has_no_result_is_run() -> None:
+    """Its slot was shown as empty when the batch was planned with fewer chunks."""
+    shown = GraphState({0: 5, 1: 6, 2: 7, 3: 8})
+    assert launched(BATCH, shown, chunks=[*PUBLISHED[:3], CHUNKS[3]]) == [(Step.INFER, (3, 3))]
+
+
 def test_nothing_while_a_run_is_active() -> None:
-    assert launched(BATCH, GraphState({}, active=True)) == []
+    for waiting in (False, True):
+        assert launched(BATCH, GraphState({}, active=True, waiting=waiting)) == []
+
+
+def test_a_batch_that_stops_waits_for_no_run_in_the_queue() -> None:
+    cancelled = replace(BATCH, status=BatchStatus.CANCELLING)
+    assert launched(cancelled, GraphState({}, active=True)) == []
+    assert launched(cancelled, GraphState({}, active=True, waiting=True)) == [(Step.FINALIZE, None)]
+    failing = GraphState({}, failures=20, last_ended=NOW)
+    assert launched(cancelled, failing) == [(Step.FINALIZE, None)]
 
 
 def test_a_finished_batch_is_merged_again_only_after_a_new_result() -> None:
@@ -50,16 +69,16 @@ def test_cancel_and_deadline_go_straight_to_the_merge() -> None:
     assert launched(BATCH, NOTHING, now=86_400) == [(Step.FINALIZE, None)]
 
 
-def test_keys_change_only_with_the_number_of_ended_runs() -> None:
-    def keys(runs: int) -> list[str]:
-        return [launch.key for launch in decide_launches(BATCH, CHUNKS, GraphState({}, finished_runs=runs), NOW)]
+def test_keys_change_only_when_another_run_has_ended() -> None:
+    def keys(run: int) -> list[str]:
+        return [launch.key for launch in decide_launches(BATCH, CHUNKS, GraphState({}, newest_run=run), NOW)]
 
     assert keys(1) == keys(1)
     assert keys(1) != keys(2)
 
 
 def test_repeated_failures_are_asked_for_less_and_less_often() -> None:
-    failed = GraphState({}, finished_runs=3, failures=3, last_ended=NOW)
+    failed = GraphState({}, newest_run=3, failures=3, last_ended=NOW)
     assert launched(BATCH, failed, NOW + 5) == []
     assert launched(BATCH, failed, NOW + 11) == [(Step.INFER, (0, 3))]
     assert pause_after(100) == 600.0
@@ -84,3 +103,11 @@ def test_what_a_run_does_with_a_chunk() -> None:
     assert plan_attempt(published, ShownResult(1, answers_this_request=True)) is AttemptPlan.REPORT
     assert plan_attempt(published, ShownResult(2, answers_this_request=True)) is AttemptPlan.SKIP
     assert plan_attempt(published, ShownResult(2, answers_this_request=False)) is AttemptPlan.REPEAT
+
+
+def test_a_chunk_that_was_given_up_is_healed_and_not_repeated() -> None:
+    summary = ChunkSummary(RequestCounts(10, 4, 6), Usage(), error_codes={"400": 1, "engine_failure": 5})
+    given_up = replace(PUBLISHED[0], summary=summary)
+    assert plan_attempt(given_up, ShownResult(1, answers_this_request=False)) is AttemptPlan.RESUME
+    assert plan_attempt(given_up, ShownResult(1, answers_this_request=True)) is AttemptPlan.SKIP
+    assert plan_attempt(given_up, None) is AttemptPlan.REPORT

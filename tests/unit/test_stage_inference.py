@@ -8,9 +8,11 @@ import pytest
 from tests.unit.conftest import CHAT, FAST, Rig, WatchedEngine, answer_of, id_range, ids, line_of, request_lines, until
 from vllm_batch_dagster.adapters.memory import EchoEngine
 from vllm_batch_dagster.adapters.simulated.answers import FINGERPRINT
+from vllm_batch_dagster.core.lines import read_request
 from vllm_batch_dagster.core.models import Model, RequestCounts
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineRequest
 from vllm_batch_dagster.core.states import BatchStatus
+from vllm_batch_dagster.stages import attempts
 from vllm_batch_dagster.stages.inference import ChunkDone
 
 ODD_BODIES = (
@@ -185,3 +187,16 @@ async def test_a_file_without_a_last_newline_and_with_blank_lines(rig: Rig) -> N
     await rig.infer(batch_id, EchoEngine())
     rig.merge(batch_id)
     assert ids(rig.output(batch_id)) == id_range(7)
+
+
+async def test_a_line_is_read_when_it_is_sent_and_not_before(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch_id = rig.start(50, chunk_size=50)
+    read: list[bytes] = []
+    monkeypatch.setattr(attempts, "read_request", lambda raw: read.append(raw) or read_request(raw))
+    engine = WatchedEngine(holds=lambda _line: True, window=4)
+    run = asyncio.create_task(rig.infer(batch_id, engine))
+    await until(lambda: len(engine.in_flight) == 4)
+    assert len(read) == 4
+    engine.release()
+    await run
+    assert len(read) == 50

@@ -5,10 +5,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from vllm_batch_dagster.settings import Settings
-
-LOOPBACK = "127.0.0.1"
-WILDCARDS = frozenset({"", "0.0.0.0", "::"})
+from vllm_batch_dagster.settings import LOOPBACK, Settings, local_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +30,6 @@ def listening_addresses(settings: Settings) -> tuple[Address, ...]:
         Address("web", settings.dagster_host, settings.dagster_port, "DAGSTER_PORT"),
         Address("api", settings.api_host, settings.api_port, "API_PORT"),
     )
-
-
-def local_url(host: str, port: int) -> str:
-    """Return the http URL of a local listener; a wildcard address is reached on loopback."""
-    reachable = LOOPBACK if host in WILDCARDS else host
-    return f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
 
 
 def is_free(host: str, port: int) -> bool:

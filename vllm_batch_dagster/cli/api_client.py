@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import openai
 from openai.types import Batch
 
-from vllm_batch_dagster.cli.addresses import local_url
 from vllm_batch_dagster.core.errors import BatchError, InvalidInput, StorageFailure
 from vllm_batch_dagster.settings import Settings
 
@@ -20,7 +19,7 @@ TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
 @contextmanager
 def open_client(settings: Settings) -> Iterator[openai.OpenAI]:
     """Yield a client. Raises InvalidInput or StorageFailure for what the API answers with an error."""
-    url = local_url(settings.api_host, settings.api_port)
+    url = settings.api_url
     # Proxies of the environment are not meant for our own machine.
     transport = openai.DefaultHttpx2Client(trust_env=False)
     key = os.environ.get("OPENAI_API_KEY", NO_KEY)

@@ -6,7 +6,8 @@ BatchError
 ├── StateConflict           the object is in a state that does not allow the call
 │   └── StaleAttempt        a newer attempt owns the chunk: this one must stop without publishing
 ├── StorageFailure          bytes could not be stored or read back
-│   └── CorruptJournal      a record in the middle of a journal fails its checksum
+│   ├── CorruptJournal      the record of a published answer fails its checksum
+│   └── UnprovenMerge       the merged files do not hold every line of the input exactly once
 ├── ConfigurationError      a setting, a model entry or the installation is wrong
 └── EngineFailure           the engine cannot answer
     ├── EngineUnavailable   connection refused, reset, shutting down: answers in flight are void, try again
@@ -51,6 +52,14 @@ class StorageFailure(BatchError):
 
 class CorruptJournal(StorageFailure):
     """The record of an answer that was published fails its checksum. Before that, damage only means: send it again."""
+
+
+class UnprovenMerge(StorageFailure):
+    """The walk over the merged files found a line missing, twice or out of place; the files are not published."""
+
+    def __init__(self, batch_id: str, problem: str) -> None:
+        super().__init__(f"merge of {batch_id} refused: {problem}; run its chunks again")
+        self.problem = problem
 
 
 class ConfigurationError(BatchError):

@@ -1,6 +1,6 @@
 """A histogram of lengths in tokens with power-of-two buckets: constant size, and it adds up over chunks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 Buckets = tuple[tuple[int, int], ...]
 
@@ -30,7 +30,20 @@ class Histogram:
 def draw_histogram(buckets: Buckets, width: int = 32) -> str:
     """Return the histogram as text lines with bars; empty for no data."""
     most = max((count for _bucket, count in buckets), default=0)
-    lines = (
-        f"{'≤ ' + str(bucket):>8}  {_BAR * max(1, round(width * count / most))} {count}" for bucket, count in buckets
-    )
+    lines = (f"{'≤ ' + str(bucket):>8}  {_bar(count, most, width)}{count}" for bucket, count in _fill(buckets))
     return "\n".join(lines) if most else ""
+
+
+def _bar(count: int, most: int, width: int) -> str:
+    return _BAR * max(1, round(width * count / most)) + " " if count else ""
+
+
+def _fill(buckets: Buckets) -> Iterator[tuple[int, int]]:
+    """Yield the buckets and the empty ones between them: bounds double, but for 0, which is followed by 1."""
+    expected = None
+    for bucket, count in buckets:
+        while expected is not None and expected < bucket:
+            yield expected, 0
+            expected *= 2
+        yield bucket, count
+        expected = max(1, bucket * 2)

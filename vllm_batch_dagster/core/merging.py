@@ -92,6 +92,15 @@ def reconcile_files(expected: Iterable[int], output: Iterable[bytes], errors: It
     return tally
 
 
+def covered_seconds(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the time that lies in at least one of the (begin, end) spans: chunks overlap at their borders."""
+    covered = end = 0.0
+    for first, last in sorted(spans):
+        covered += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return covered
+
+
 def _hashes(lines: Iterable[bytes]) -> Iterator[int]:
     for line in lines:
         yield hash_custom_id(read_custom_id(line))

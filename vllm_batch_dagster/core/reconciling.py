@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from vllm_batch_dagster.core.merging import ENGINE_FAILURE
 from vllm_batch_dagster.core.models import Batch, Chunk, stop_reason
 from vllm_batch_dagster.core.states import BatchStatus
 
@@ -35,13 +36,15 @@ class GraphState:
     """What Dagster knows of a batch.
 
     `materialized` maps a chunk's index to the storage id of its newest materialization. `active` says that a run
-    of the batch is queued, running or about to be retried. `finished_runs` counts the runs that have ended,
-    `failures` those that failed since the last success, `last_ended` (unix seconds) is when the newest ended.
+    of the batch is queued, running or about to be retried, `waiting` that all of those are still in the queue.
+    `newest_run` is the storage id of the newest run that has ended, `failures` counts those that failed since the
+    last success, `last_ended` (unix seconds) is when the newest ended.
     """
 
     materialized: Mapping[int, int]
     active: bool = False
-    finished_runs: int = 0
+    waiting: bool = False
+    newest_run: int = 0
     failures: int = 0
     last_ended: float = 0.0
 
@@ -63,14 +66,21 @@ def pause_after(failures: int) -> float:
 def decide_launches(
     batch: Batch, chunks: Sequence[Chunk], graph: GraphState, now: float, engine_slots: int = 1
 ) -> Iterator[Launch]:
-    """Yield what must run now. While a run of the batch is active there is nothing to ask for."""
-    if graph.active or now < graph.last_ended + pause_after(graph.failures):
+    """Yield what must run now. While a run of the batch is active there is nothing to ask for.
+
+    A batch that must stop waits for nobody who has not begun: the run for its chunks may stand in the queue behind
+    another batch for hours.
+    """
+    stopping = stop_reason(batch, now)
+    if graph.active and not (stopping and graph.waiting):
+        return
+    if not stopping and now < graph.last_ended + pause_after(graph.failures):
         return
     if batch.is_terminal and not batch.is_stale:
         return
-    key = f"{batch.id}:{graph.finished_runs}"
-    missing = [chunk.index for chunk in chunks if chunk.index not in graph.materialized]
-    if stopping := stop_reason(batch, now):
+    key = f"{batch.id}:{graph.newest_run}"
+    missing = [chunk.index for chunk in chunks if chunk.index not in graph.materialized or not chunk.is_published]
+    if stopping:
         yield Launch(Step.FINALIZE, batch.id, f"stop:{key}:{stopping.value}")
     elif batch.status is BatchStatus.VALIDATING:
         yield Launch(Step.VALIDATE, batch.id, f"validate:{key}")
@@ -100,7 +110,7 @@ class AttemptPlan(StrEnum):
     """What a chunk run does with one chunk."""
 
     RESUME = "resume"
-    """No result yet, or an attempt did not finish: send what no journal answers."""
+    """No result yet, lines that the engine failed to answer, or an unfinished attempt: send what no journal answers."""
     REPEAT = "repeat"
     """The result is already shown by Dagster: a person asks for new answers."""
     REPORT = "report"
@@ -128,4 +138,7 @@ def plan_attempt(chunk: Chunk, shown: ShownResult | None) -> AttemptPlan:
         return AttemptPlan.RESUME
     if shown is None or shown.epoch != chunk.published_epoch:
         return AttemptPlan.REPORT
-    return AttemptPlan.SKIP if shown.answers_this_request else AttemptPlan.REPEAT
+    if shown.answers_this_request:
+        return AttemptPlan.SKIP
+    was_given_up = chunk.summary is not None and ENGINE_FAILURE in chunk.summary.error_codes
+    return AttemptPlan.RESUME if was_given_up else AttemptPlan.REPEAT

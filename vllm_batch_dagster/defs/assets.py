@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from vllm_batch_dagster.core.errors import NotFound
+from vllm_batch_dagster.core.errors import NotFound, UnprovenMerge
 from vllm_batch_dagster.core.models import Batch, Chunk, stop_reason
 from vllm_batch_dagster.core.reconciling import AttemptPlan, plan_attempt
 from vllm_batch_dagster.core.states import BatchStatus
@@ -26,9 +26,8 @@ from vllm_batch_dagster.defs.metadata import (
 )
 from vllm_batch_dagster.defs.partitions import batches, cell_key, chunk_cells, split_cell
 from vllm_batch_dagster.defs.services import Services
-from vllm_batch_dagster.stages.curation import curate_batch
 from vllm_batch_dagster.stages.inference import ChunkDone, RangeInference
-from vllm_batch_dagster.stages.merging import merge_batch
+from vllm_batch_dagster.stages.merging import MergeReport, merge_batch
 from vllm_batch_dagster.stages.rows import answered_lines
 from vllm_batch_dagster.stages.validation import validate_batch
 
@@ -50,7 +49,8 @@ def validated_input(slots: int) -> dg.AssetsDefinition:
         check_specs=[checks.LINES_VALID],
     )
     def check_input(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> Iterator[object]:
-        """Every line of the input file checked, its byte index written, its chunks planned. No engine is touched."""
+        """Start here: every line of the input file checked, its byte index written, its chunks planned. No engine is
+        touched. A batch with a bad line ends here as failed, and `errors` lists each bad line."""
         batch = services.store.batches.get(context.partition_key)
         report = validate_batch(
             batch,
@@ -62,7 +62,8 @@ def validated_input(slots: int) -> dg.AssetsDefinition:
             services.clock,
         )
         if not report.errors:
-            _fill_unused_slots(context.instance, batch.id, len(report.chunks), slots)
+            # As planned, which is not as this very pass would plan it: CHUNK_SIZE may have changed since.
+            _fill_unused_slots(context.instance, batch.id, len(services.store.chunks.list(batch.id)), slots)
         yield dg.MaterializeResult(
             metadata=describe_validation(report, batch, services), check_results=[checks.lines_valid(report)]
         )
@@ -158,7 +159,7 @@ def _run_chunks(
             model,
             chunks,
             fresh=fresh,
-            run_id=context.run_id,
+            run_id=context.run.run_id,
             on_done=on_done,
             report=report,
         ),
@@ -173,18 +174,20 @@ def _run_chunks(
 
 def _show(context: dg.AssetExecutionContext, services: Services, batch: Batch, done: ChunkDone) -> Iterator[object]:
     """Yield the materialization and the checks of a published chunk."""
-    samples = SAMPLES if services.settings.ui_samples else 0
     chunk = services.store.chunks.get(batch.id, done.index)
+    yield _materialize(services, batch, chunk, done)
+    yield from checks.chunk_checks(done, cell_key(batch.id, done.index))
+
+
+def _materialize(services: Services, batch: Batch, chunk: Chunk, done: ChunkDone) -> dg.AssetMaterialization:
+    samples = SAMPLES if services.settings.ui_samples else 0
     lines = answered_lines(batch, chunk, services.files, services.workspace, most=samples) if samples else ()
-    cell = cell_key(batch.id, done.index)
-    yield dg.AssetMaterialization(
+    return dg.AssetMaterialization(
         CHUNK_RESULTS,
-        partition=cell,
+        partition=cell_key(batch.id, done.index),
         metadata=describe_chunk(done, batch, services, lines),
-        # An identical rerun does not make the merge stale.
         tags={"dagster/data_version": done.summary.digest},
     )
-    yield from checks.chunk_checks(done, cell)
 
 
 def merged_output() -> dg.AssetsDefinition:
@@ -199,7 +202,12 @@ def merged_output() -> dg.AssetsDefinition:
     def merge(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> Iterator[object]:
         """The output and the error file of a batch, in input order, every custom_id exactly once."""
         batch = services.store.batches.get(context.partition_key)
-        report = merge_batch(batch, services.merge_ports, run_id=context.run_id)
+        try:
+            report = merge_batch(batch, services.merge_ports, run_id=context.run.run_id)
+        except UnprovenMerge as error:
+            yield checks.refused_merge(error)
+            raise
+        _show_sealed(context.instance, services, report)
         chunks = services.store.chunks.list(batch.id)
         context.log.info(f"{batch.id} is {report.batch.status.value}: {report.counts}")
         yield dg.MaterializeResult(
@@ -207,6 +215,15 @@ def merged_output() -> dg.AssetsDefinition:
         )
 
     return merge
+
+
+def _show_sealed(instance: dg.DagsterInstance, services: Services, report: MergeReport) -> None:
+    """Show the chunks that the merge of a stopping batch published itself: no run of theirs will."""
+    for index in report.sealed:
+        chunk = services.store.chunks.get(report.batch.id, index)
+        if chunk.summary is not None:
+            done = ChunkDone(index, chunk.published_epoch, chunk.summary)
+            instance.report_runless_asset_event(_materialize(services, report.batch, chunk, done))
 
 
 def curated_export() -> dg.AssetsDefinition:
@@ -218,7 +235,11 @@ def curated_export() -> dg.AssetsDefinition:
         kinds={"parquet", "polars"},
     )
     def curate(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> Iterator[object]:
-        """The finished answers of a batch as a Parquet dataset: prompt, messages, answer, lengths; each prompt once."""
+        """The answers that ended by themselves, as a Parquet dataset: prompt, messages, answer, lengths; each prompt
+        once. `refused_by_rule` says what was left out and why."""
+        # Polars is a sixth of the load time, and no other asset needs it.
+        from vllm_batch_dagster.stages.curation import curate_batch
+
         batch = services.store.batches.get(context.partition_key)
         report = curate_batch(batch, services.store, services.files, services.workspace, services.curation_rules)
         yield dg.MaterializeResult(metadata=describe_curation(report))

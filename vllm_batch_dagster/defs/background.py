@@ -41,12 +41,22 @@ class BackgroundInference:
 
     def __enter__(self) -> "BackgroundInference":
         self._thread.start()
-        self._started.wait()
+        try:
+            self._started.wait()
+        except BaseException:
+            # An interrupt just here would leave the thread behind: `with` calls __exit__ only after __enter__.
+            self._stop()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        """Cancel the inference and wait for its thread."""
+        self._started.wait()
         if self._loop is not None and self._task is not None:
             # The loop is closed already when the inference has just ended.
             with suppress(RuntimeError):

@@ -2,10 +2,12 @@
 because a check step of its own is skipped in range runs (dagster report section 4).
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
+from vllm_batch_dagster.core.errors import UnprovenMerge
 from vllm_batch_dagster.core.merging import ENGINE_FAILURE
 from vllm_batch_dagster.defs.history import CHUNK_RESULTS
 from vllm_batch_dagster.stages.inference import ChunkDone
@@ -32,20 +34,17 @@ _EVERY_LINE_ANSWERED, _ERROR_RATE = "every_line_answered", "error_rate"
 
 def chunk_check_specs(cells: dg.PartitionsDefinition) -> list[dg.AssetCheckSpec]:
     """Return the checks that exist for each chunk."""
-    return [
-        dg.AssetCheckSpec(
-            _EVERY_LINE_ANSWERED,
-            asset=CHUNK_RESULTS,
-            partitions_def=cells,
-            description="The engine answered every line of the chunk, if only with an error.",
-        ),
-        dg.AssetCheckSpec(
-            _ERROR_RATE,
-            asset=CHUNK_RESULTS,
-            partitions_def=cells,
-            description=f"At most {ERROR_RATE_LIMIT:.0%} of the chunk's lines ended in an error.",
-        ),
-    ]
+    described = {
+        _EVERY_LINE_ANSWERED: "The engine answered every line of the chunk, if only with an error.",
+        _ERROR_RATE: f"At most {ERROR_RATE_LIMIT:.0%} of the chunk's lines ended in an error.",
+    }
+    with warnings.catch_warnings():
+        # Checks by partition are a preview of Dagster's; its version is pinned, and tests/defs guards them.
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        return [
+            dg.AssetCheckSpec(name, asset=CHUNK_RESULTS, partitions_def=cells, description=text)
+            for name, text in described.items()
+        ]
 
 
 def lines_valid(report: ValidationReport) -> dg.AssetCheckResult:
@@ -79,6 +78,11 @@ def chunk_checks(done: ChunkDone, cell: dg.MultiPartitionKey) -> Iterator[dg.Ass
     )
 
 
+def refused_merge(error: UnprovenMerge) -> dg.AssetCheckResult:
+    """Return the failed check of a merge that was not published."""
+    return dg.AssetCheckResult(check_name=CUSTOM_IDS_ONCE.name, passed=False, metadata={"problem": error.problem})
+
+
 def merge_checks(report: MergeReport) -> Sequence[dg.AssetCheckResult]:
     """Return the results for merged files: from the walk over the files themselves, not from our own counters."""
     tally, counts = report.tally, report.counts
@@ -99,7 +103,8 @@ def merge_checks(report: MergeReport) -> Sequence[dg.AssetCheckResult]:
         ),
         dg.AssetCheckResult(
             check_name=CUSTOM_IDS_ONCE.name,
+            # A merge with a problem is refused before it comes here: see refused_merge.
             passed=not tally.problem,
-            metadata={"problem": tally.problem or "none"},
+            metadata={"requests": counts.total, "problem": "none"},
         ),
     ]

@@ -4,7 +4,8 @@
 20 times slower at 100,000 cells); it is wrapped here once, and tests/defs would notice a change.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import dagster as dg
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
@@ -25,13 +26,23 @@ _RETRY_GRACE_SECONDS = 60.0
 _RECENT = 20
 
 _ENDED = (DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED)
+_WAITING = (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.QUEUED)
 _UNFINISHED = tuple(status for status in DagsterRunStatus if status not in _ENDED)
 
 
-def active_batches(instance: DagsterInstance) -> set[str]:
-    """Return the ids of the batches that have an unfinished run, whoever launched it."""
+@dataclass(frozen=True, slots=True)
+class ActiveBatches:
+    """Ids of the batches that have an unfinished run, whoever launched it; `begun`: one that has left the queue."""
+
+    unfinished: Collection[str] = frozenset()
+    begun: Collection[str] = frozenset()
+
+
+def read_active_batches(instance: DagsterInstance) -> ActiveBatches:
     runs = instance.get_runs(filters=RunsFilter(statuses=list(_UNFINISHED)))
-    return {batch_id for run in runs if (batch_id := batch_of(run))}
+    named = [(batch_id, run.status) for run in runs if (batch_id := batch_of(run))]
+    begun = frozenset(batch_id for batch_id, status in named if status not in _WAITING)
+    return ActiveBatches(frozenset(batch_id for batch_id, _status in named), begun)
 
 
 def batch_of(run: DagsterRun) -> str | None:
@@ -44,9 +55,9 @@ def batch_of(run: DagsterRun) -> str | None:
 
 
 def read_graph_state(
-    instance: DagsterInstance, batch_id: str, chunks: Iterable[int], active: set[str], now: float
+    instance: DagsterInstance, batch_id: str, chunks: Iterable[int], runs: ActiveBatches, now: float
 ) -> GraphState:
-    """Return the state of one batch. `active` is the answer of `active_batches`."""
+    """Return the state of one batch. `runs` is the answer of `read_active_batches`."""
     filters = RunsFilter(tags={BATCH_TAG: batch_id}, statuses=list(_ENDED))
     recent = instance.get_run_records(filters=filters, limit=_RECENT)
     failures = 0
@@ -56,10 +67,12 @@ def read_graph_state(
         failures += 1
     last_ended = max((record.end_time or 0.0 for record in recent), default=0.0)
     awaited = bool(recent) and _awaits_retry(recent[0].dagster_run) and now < last_ended + _RETRY_GRACE_SECONDS
+    active = batch_id in runs.unfinished or awaited
     return GraphState(
         materialized=_newest_materializations(instance, batch_id, chunks),
-        active=batch_id in active or awaited,
-        finished_runs=instance.get_runs_count(filters),
+        active=active,
+        waiting=active and batch_id not in runs.begun,
+        newest_run=recent[0].storage_id if recent else 0,
         failures=failures,
         last_ended=last_ended,
     )
@@ -99,8 +112,10 @@ def read_shown_result(instance: DagsterInstance, batch_id: str, index: int, run:
 
 
 def _forerunners(instance: DagsterInstance, run: DagsterRun) -> Sequence[str]:
-    """Return the ids of the runs that `run` retries."""
-    if run.parent_run_id is None:
-        return ()
-    group = instance.get_run_group(run.run_id)
-    return [member.run_id for member in group[1]] if group else ()
+    """Return the ids of the failed runs that `run` retries. Who re-executes a run that succeeded wants new answers."""
+    found: list[str] = []
+    parent_id = run.parent_run_id
+    while parent_id and (parent := instance.get_run_by_id(parent_id)) and not parent.is_success:
+        found.append(parent_id)
+        parent_id = parent.parent_run_id
+    return found

@@ -5,16 +5,18 @@ The rules are in core/reconciling.py; nothing is remembered between ticks. Dagst
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import dagster as dg
 
-from vllm_batch_dagster.core.models import Batch
+from vllm_batch_dagster.core.models import Batch, stop_reason
 from vllm_batch_dagster.core.reconciling import Launch, Step, decide_launches
-from vllm_batch_dagster.defs.history import BATCH_TAG, active_batches, read_graph_state
+from vllm_batch_dagster.defs.history import BATCH_TAG, ActiveBatches, read_active_batches, read_graph_state
 from vllm_batch_dagster.defs.jobs import JOB_OF, AssetJob
-from vllm_batch_dagster.defs.partitions import batches, cell_key
+from vllm_batch_dagster.defs.partitions import batches, cell_key, slot_key
 from vllm_batch_dagster.defs.services import Services
 
+_BATCHES = str(batches.name)
 _IDLE_CHECK_SECONDS = 30
 _MOST_BATCHES_PER_TICK = 200
 
@@ -32,13 +34,15 @@ def _reconcile_sensor(jobs: Sequence[AssetJob]) -> dg.SensorDefinition:
         description="Asks for the next run of every open batch: validate, infer, finalize.",
     )
     def reconcile(context: dg.SensorEvaluationContext, services: dg.ResourceParam[Services]) -> dg.SensorResult:
-        opened = services.store.batches.open()[:_MOST_BATCHES_PER_TICK]
+        # Runs first: a run that ends between the two reads then counts as active, and is not asked for a second time.
+        active = read_active_batches(context.instance)
+        opened = services.store.batches.open()
         if not opened:
             return dg.SensorResult(skip_reason="no open batch")
-        launches = list(_decide(context.instance, services, opened))
-        known = set(context.instance.get_dynamic_partitions(str(batches.name)))
-        new = [batch.id for batch in opened if batch.id not in known]
+        launches = list(_decide(context.instance, services, opened, active))
         by_id = {batch.id: batch for batch in opened}
+        wanted = dict.fromkeys(launch.batch_id for launch in launches)
+        new = [batch_id for batch_id in wanted if not context.instance.has_dynamic_partition(_BATCHES, batch_id)]
         return dg.SensorResult(
             run_requests=[request_run(launch, by_id[launch.batch_id]) for launch in launches],
             dynamic_partitions_requests=[batches.build_add_request(new)] if new else [],
@@ -48,9 +52,13 @@ def _reconcile_sensor(jobs: Sequence[AssetJob]) -> dg.SensorDefinition:
     return reconcile
 
 
-def _decide(instance: dg.DagsterInstance, services: Services, opened: Sequence[Batch]) -> Iterator[Launch]:
-    active, now = active_batches(instance), services.clock()
-    for batch in opened:
+def _decide(
+    instance: dg.DagsterInstance, services: Services, opened: Sequence[Batch], active: ActiveBatches
+) -> Iterator[Launch]:
+    now = services.clock()
+    # Batches that have a run are left out before the cut: a long queue must not hide the ones behind it.
+    idle = (batch for batch in opened if batch.id not in active.unfinished or stop_reason(batch, now))
+    for batch in islice(idle, _MOST_BATCHES_PER_TICK):
         chunks = services.store.chunks.list(batch.id)
         state = read_graph_state(instance, batch.id, [chunk.index for chunk in chunks], active, now)
         yield from decide_launches(batch, chunks, state, now)
@@ -62,6 +70,7 @@ def request_run(launch: Launch, batch: Batch) -> dg.RunRequest:
     if launch.step is not Step.INFER or launch.chunks is None:
         return dg.RunRequest(run_key=launch.key, job_name=JOB_OF[launch.step], partition_key=launch.batch_id, tags=tags)
     first, last = (str(cell_key(launch.batch_id, index)) for index in launch.chunks)
+    tags["chunks"] = "-".join(slot_key(index) for index in launch.chunks)
     return dg.RunRequest(
         run_key=launch.key,
         job_name=JOB_OF[launch.step],

@@ -97,8 +97,4 @@ class Services:
 
     @property
     def api_url(self) -> str:
-        return f"http://{self.settings.api_host}:{self.settings.api_port}"
-
-    @property
-    def dagster_url(self) -> str:
-        return f"http://{self.settings.dagster_host}:{self.settings.dagster_port}"
+        return self.settings.api_url

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from vllm_batch_dagster.core.byteindex import IndexEntry, read_count, read_entries
-from vllm_batch_dagster.core.errors import BatchError, StateConflict, StorageFailure
+from vllm_batch_dagster.core.errors import BatchError, StateConflict, StorageFailure, UnprovenMerge
 from vllm_batch_dagster.core.histogram import Buckets, Histogram
 from vllm_batch_dagster.core.lines import read_request
 from vllm_batch_dagster.core.merging import (
     Tally,
+    covered_seconds,
     reconcile_files,
     render_answer,
     render_unanswered,
@@ -57,7 +58,8 @@ class MergePorts:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge wrote. `tally` is the proof that every input line stands exactly once."""
+    """What a merge wrote. `tally` is the proof that every input line stands exactly once. `sealed` are the chunks that
+    it published itself because the batch stops; `inference_seconds` the time in which any chunk was at work."""
 
     batch: Batch
     output: File | None
@@ -68,17 +70,17 @@ class MergeReport:
     inference_seconds: float
     finish_reasons: dict[str, int]
     output_lengths: Buckets
+    sealed: Sequence[int] = ()
 
 
 def merge_batch(batch: Batch, ports: MergePorts, *, run_id: str) -> MergeReport:
     """Write the files of `batch`, prove them against the byte index, register them and move the batch on.
 
-    Raises StateConflict when a chunk has no result yet and the batch is not stopping, StorageFailure when the proof
+    Raises StateConflict when a chunk has no result yet and the batch is not stopping, UnprovenMerge when the proof
     fails (then nothing is registered). Safe to repeat: every merge makes new files, the last one counts.
     """
     stopping = stop_reason(batch, ports.clock())
-    if stopping:
-        _seal_rest(batch, ports, stopping, run_id)
+    sealed = _seal_rest(batch, ports, stopping, run_id) if stopping else []
     # Read before the chunks: a result published meanwhile must leave the batch stale, not look merged.
     version = ports.store.batches.get(batch.id).result_version
     chunks = ports.store.chunks.list(batch.id)
@@ -96,7 +98,7 @@ def merge_batch(batch: Batch, ports: MergePorts, *, run_id: str) -> MergeReport:
             "error_file_id": errors.id if errors else None,
         }
         batch = _leave(batch, ports, stopping, files, changes)
-    return _report(batch, chunks, output, errors, counts, usage, tally)
+    return _report(batch, chunks, output, errors, counts, usage, tally, sealed)
 
 
 @contextmanager
@@ -130,8 +132,9 @@ def _enter(batch: Batch, ports: MergePorts, stopping: StopReason | None) -> Batc
     return batch
 
 
-def _seal_rest(batch: Batch, ports: MergePorts, stopping: StopReason, run_id: str) -> None:
-    """Publish the chunks that a stopping batch leaves unfinished, as far as their journals go."""
+def _seal_rest(batch: Batch, ports: MergePorts, stopping: StopReason, run_id: str) -> list[int]:
+    """Publish the chunks that a stopping batch leaves unfinished, as far as their journals go; return their indexes."""
+    sealed: list[int] = []
     for chunk in ports.store.chunks.list(batch.id):
         if not chunk.is_published:
             attempt = ChunkAttempt.begin(
@@ -146,6 +149,8 @@ def _seal_rest(batch: Batch, ports: MergePorts, stopping: StopReason, run_id: st
             )
             attempt.close()
             attempt.publish(reason=stopping.value)
+            sealed.append(chunk.index)
+    return sealed
 
 
 def _write_files(batch: Batch, chunks: Sequence[Chunk], ports: MergePorts) -> tuple[File | None, File | None]:
@@ -220,7 +225,7 @@ def _custom_id(source: BinaryIO, entry: IndexEntry) -> str:
 
 
 def _prove(batch: Batch, output: File | None, errors: File | None, ports: MergePorts) -> Tally:
-    """Read both files back and walk them beside the byte index. Raises StorageFailure when a line is not there once."""
+    """Read both files back and walk them beside the byte index. Raises UnprovenMerge when a line is not there once."""
     with ExitStack() as stack:
         sheets = [stack.enter_context(ports.files.open(file.id)) if file else () for file in (output, errors)]
         if not ports.store.chunks.list(batch.id):
@@ -229,7 +234,7 @@ def _prove(batch: Batch, output: File | None, errors: File | None, ports: MergeP
         expected = (entry.id_hash for entry in read_entries(index, 0, read_count(index)))
         tally = reconcile_files(expected, *sheets)
     if tally.problem:
-        raise StorageFailure(f"merge of {batch.id} refused: {tally.problem}; run its chunks again")
+        raise UnprovenMerge(batch.id, tally.problem)
     return tally
 
 
@@ -254,13 +259,15 @@ def _report(
     counts: RequestCounts,
     usage: Usage,
     tally: Tally,
+    sealed: Sequence[int],
 ) -> MergeReport:
     lengths, reasons = Histogram(), dict[str, int]()
-    seconds = 0.0
+    spans: list[tuple[float, float]] = []
     for chunk in chunks:
         assert chunk.summary is not None
         lengths.merge(chunk.summary.output_lengths)
-        seconds += chunk.summary.inference_seconds
+        spans.append((chunk.summary.first_sent_at, chunk.summary.last_answer_at))
         for reason, count in chunk.summary.finish_reasons.items():
             reasons[reason] = reasons.get(reason, 0) + count
-    return MergeReport(batch, output, errors, counts, usage, tally, seconds, reasons, lengths.buckets())
+    seconds = covered_seconds(spans)
+    return MergeReport(batch, output, errors, counts, usage, tally, seconds, reasons, lengths.buckets(), sealed)

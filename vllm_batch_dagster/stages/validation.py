@@ -34,6 +34,7 @@ from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore, ModelCat
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
 from vllm_batch_dagster.stages.publication import publish
 
+_MOST_NAMES = 1000
 _DUPLICATE = (
     "The custom_id for this request is a duplicate of another request. "
     "The custom_id parameter must be unique for each request in a batch."
@@ -52,7 +53,8 @@ class ValidationLimits:
 
 @dataclass(frozen=True, slots=True)
 class ValidationReport:
-    """What validation found. `chunks` is empty when there are `errors`; lengths are estimated tokens."""
+    """What validation found. `lines` are all requests, bad ones too; `chunks` is empty when there are `errors`;
+    `lengths` are estimated tokens of the good ones and `tokens` their sum."""
 
     lines: int
     bytes: int
@@ -60,6 +62,7 @@ class ValidationReport:
     errors: tuple[LineError, ...]
     chunks: tuple[ChunkRange, ...]
     lengths: Buckets
+    tokens: int = 0
 
 
 def validate_batch(
@@ -138,7 +141,7 @@ class _Inspection:
         self._duplicates = DuplicateFilter(size)
         self._lengths = Histogram()
         self._errors: list[LineError] = []
-        self._lines = 0
+        self._seen = self._lines = self._tokens = 0
 
     def run(self, source: BinaryIO, index_path: Path) -> ValidationReport:
         # The index of a file with errors is not kept: it may stand in the place of one that a batch works with.
@@ -163,6 +166,7 @@ class _Inspection:
     def _entries(self, source: BinaryIO) -> Iterator[IndexEntry]:
         """Yield an entry for every good line; collect the errors of the others."""
         for number, offset, raw in _numbered_lines(source):
+            self._seen += 1
             if raw is None:
                 self._note(line_too_long(number))
                 continue
@@ -173,6 +177,7 @@ class _Inspection:
             id_hash, tokens = hash_custom_id(checked.custom_id), estimate_tokens(checked.body)
             self._duplicates.add(id_hash)
             self._lengths.add(tokens)
+            self._tokens += tokens
             self._lines += 1
             yield IndexEntry(offset, len(raw), id_hash, tokens)
 
@@ -219,7 +224,8 @@ class _Inspection:
             limits = self._limits
             planned = plan_chunks(self._all(packed), self._lines, limits.chunk_size, limits.chunk_slots)
             chunks = tuple(planned)
-        return ValidationReport(self._lines, self._size, self._checker.model, errors, chunks, self._lengths.buckets())
+        lengths = self._lengths.buckets()
+        return ValidationReport(self._seen, self._size, self._checker.model, errors, chunks, lengths, self._tokens)
 
 
 def _resolver(catalog: ModelCatalog) -> Callable[[str], str | None]:
@@ -227,10 +233,13 @@ def _resolver(catalog: ModelCatalog) -> Callable[[str], str | None]:
     known: dict[str, str | None] = {}
 
     def resolve(name: str) -> str | None:
-        if name not in known:
-            model = catalog.find(name)
-            known[name] = model.name if model else None
-        return known[name]
+        if name in known:
+            return known[name]
+        model = catalog.find(name)
+        found = model.name if model else None
+        if len(known) < _MOST_NAMES:  # a file may hold a different wrong name on every line
+            known[name] = found
+        return found
 
     return resolve
 
