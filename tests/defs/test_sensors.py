@@ -7,11 +7,10 @@ import pytest
 
 from tests.defs.graph import RANGE_END, RANGE_START, Graph, chunk_range
 from vllm_batch_dagster.adapters.memory import FixedClock
-from vllm_batch_dagster.core.reconciling import GraphState, Step, decide_launches
+from vllm_batch_dagster.core.reconciling import Step
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
 from vllm_batch_dagster.defs.history import ActiveBatches, read_active_batches
 from vllm_batch_dagster.defs.jobs import JOB_OF
-from vllm_batch_dagster.defs.sensors import request_run
 from vllm_batch_dagster.stages.intake import cancel_batch
 
 UNFINISHED = (
@@ -166,18 +165,6 @@ def test_a_missing_chunk_is_asked_for_alone(graph: Graph) -> None:
         (f"{batch_id}|0000", f"{batch_id}|0000"),
         (f"{batch_id}|0002", f"{batch_id}|0002"),
     ]
-
-
-def test_a_range_is_split_for_several_engines(graph: Graph) -> None:
-    """Each part is a run of its own, with the tags of its own range and a key of its own."""
-    batch_id = graph.submit(12)
-    graph.step()
-    batch, chunks = graph.batch(batch_id), graph.services.store.chunks.list(batch_id)
-    launches = decide_launches(batch, chunks, GraphState({}), batch.created_at, engine_slots=2)
-    requests = [request_run(launch, batch) for launch in launches]
-    ranges = [(request.tags[RANGE_START][-4:], request.tags[RANGE_END][-4:]) for request in requests]
-    assert ranges == [("0000", "0001"), ("0002", "0003")]
-    assert len({request.run_key for request in requests}) == 2
 
 
 def test_a_failure_is_asked_for_again_with_growing_pauses(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:

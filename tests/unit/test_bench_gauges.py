@@ -6,6 +6,7 @@ import pytest
 
 from bench.chart import draw_gauges
 from bench.gauges import Border, Sample, busy_span, find_borders, find_drain, read_gauges
+from bench.watching import Watch, describe_watches, find_worst
 
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
@@ -97,3 +98,16 @@ def test_the_chart_stays_inside_its_frame() -> None:
 def test_one_sample_is_no_chart() -> None:
     with pytest.raises(ValueError, match="at least two samples"):
         draw_gauges(series(1), [], "t")
+
+
+def test_the_worst_of_the_watched_batches_is_judged_and_not_the_median() -> None:
+    def watch(*totals: float) -> Watch:
+        samples = series(*totals)
+        return Watch(find_drain(samples, 100.0, samples[-1].at), [Border(1, 100.1, totals[1])], samples, 100.0)
+
+    watches = [watch(8, 8, 7), watch(8, 0, 7), watch(8, 8, 7)]
+    figures = describe_watches(watches)
+    assert find_worst(watches) is watches[1]
+    assert (figures[0].values, figures[0].is_met) == ((0.0,), False)
+    assert figures[1].values == (0.0,)
+    assert watches[1].as_data()["series"][0] == "0.000 s: 4 + 4"

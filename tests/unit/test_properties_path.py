@@ -1,6 +1,7 @@
 """Properties of a batch's way through the store and the merge: whatever happens in whatever order."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +11,7 @@ from tests.unit.conftest import DAY, Rig, answer, id_range, ids
 from vllm_batch_dagster.adapters.memory import MemoryFiles, MemoryStore
 from vllm_batch_dagster.core.errors import StateConflict
 from vllm_batch_dagster.core.models import Batch, RequestCounts
-from vllm_batch_dagster.core.reconciling import split_ranges
+from vllm_batch_dagster.core.reconciling import contiguous_ranges
 from vllm_batch_dagster.core.states import TERMINAL, TIMESTAMP_FIELD, BatchEvent, BatchStatus
 
 BATCH = Batch("batch_1", "file-1", "/v1/embeddings", "24h", BatchStatus.VALIDATING, 1000, 1000 + DAY)
@@ -74,18 +75,8 @@ def test_no_events_leave_a_terminal_state_and_times_never_go_back(steps: list[tu
     assert len(store.events(BATCH.id)) == (before.status in TERMINAL)
 
 
-@given(st.sets(st.integers(0, 60)), st.integers(1, 8))
-def test_ranges_are_contiguous_even_and_one_for_each_engine(missing: set[int], parts: int) -> None:
-    indexes = sorted(missing)
-    ranges = split_ranges(indexes, parts)
-    assert [index for first, last in ranges for index in range(first, last + 1)] == indexes
-    assert len(ranges) >= min(parts, len(indexes))
-    largest = -(-len(indexes) // parts)
-    assert all(last - first < largest for first, last in ranges)
-
-
-def test_a_range_is_not_cut_without_need() -> None:
-    assert split_ranges(range(10), 1) == [(0, 9)]
-    assert split_ranges(range(10), 4) == [(0, 2), (3, 4), (5, 7), (8, 9)]
-    assert split_ranges([0, 1, 5], 1) == [(0, 1), (5, 5)]
-    assert split_ranges([], 3) == []
+@given(st.sets(st.integers(0, 60)))
+def test_ranges_cover_exactly_the_missing_chunks_and_no_two_touch(missing: set[int]) -> None:
+    ranges = contiguous_ranges(sorted(missing))
+    assert [index for first, last in ranges for index in range(first, last + 1)] == sorted(missing)
+    assert all(before[1] + 1 < after[0] for before, after in pairwise(ranges))

@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from vllm_batch_dagster.core.models import Batch, Chunk, ChunkRange, ChunkSummary, RequestCounts, Usage
 from vllm_batch_dagster.core.reconciling import (
     AttemptPlan,
@@ -15,7 +12,6 @@ from vllm_batch_dagster.core.reconciling import (
     decide_launches,
     pause_after,
     plan_attempt,
-    split_ranges,
 )
 from vllm_batch_dagster.core.states import BatchStatus
 
@@ -82,15 +78,6 @@ def test_repeated_failures_are_asked_for_less_and_less_often() -> None:
     assert launched(BATCH, failed, NOW + 5) == []
     assert launched(BATCH, failed, NOW + 11) == [(Step.INFER, (0, 3))]
     assert pause_after(100) == 600.0
-
-
-@given(st.sets(st.integers(0, 60)), st.integers(1, 8))
-def test_ranges_cover_exactly_the_missing_chunks(missing: set[int], parts: int) -> None:
-    ranges = split_ranges(sorted(missing), parts)
-    covered = [index for first, last in ranges for index in range(first, last + 1)]
-    assert covered == sorted(missing)
-    if len(missing) >= parts:
-        assert len(ranges) >= min(parts, len(missing)) // 2
 
 
 def test_what_a_run_does_with_a_chunk() -> None:

@@ -145,3 +145,27 @@ def test_the_chunk_is_read_through_its_own_part_of_the_index(rig: Rig) -> None:
     assert [line.custom_id for line in lines] == id_range(3, 6)
     assert [line.request_id for line in lines] == [f"{batch_id}-{number}" for number in range(3, 6)]
     attempt.close()
+
+
+async def test_the_digest_of_a_chunk_does_not_hang_on_the_order_of_arrival(rig: Rig) -> None:
+    digests = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        batch_id = rig.start(3)
+        attempt = rig.begin(batch_id)
+        lines = list(attempt.pending_lines())
+        for number in order:
+            attempt.accept(lines[number], answer_of(b'{"line":%d}' % number), True, 1)
+        attempt.commit(attempt.take_commit())
+        attempt.close()
+        digests.append(attempt.publish().digest)
+    assert digests[0] == digests[1]
+
+
+async def test_lines_that_were_given_up_are_counted_beside_the_ten_commonest_errors(rig: Rig) -> None:
+    batch_id = rig.start(40, chunk_size=40)
+    attempt = rig.begin(batch_id)
+    for number, line in enumerate(attempt.pending_lines()):
+        if number < 39:
+            attempt.accept(line, answer_of(b'{"error":{"type":"kind %d"}}' % (number % 13), 400), False, 1)
+    attempt.close()
+    assert attempt.publish("engine_failure").error_codes["engine_failure"] == 1

@@ -63,9 +63,7 @@ def pause_after(failures: int) -> float:
     return float(min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2 ** min(failures - _FREE_FAILURES, 16)))
 
 
-def decide_launches(
-    batch: Batch, chunks: Sequence[Chunk], graph: GraphState, now: float, engine_slots: int = 1
-) -> Iterator[Launch]:
+def decide_launches(batch: Batch, chunks: Sequence[Chunk], graph: GraphState, now: float) -> Iterator[Launch]:
     """Yield what must run now. While a run of the batch is active there is nothing to ask for.
 
     A batch that must stop waits for nobody who has not begun: the run for its chunks may stand in the queue behind
@@ -85,24 +83,21 @@ def decide_launches(
     elif batch.status is BatchStatus.VALIDATING:
         yield Launch(Step.VALIDATE, batch.id, f"validate:{key}")
     elif missing and not batch.is_terminal:
-        for first, last in split_ranges(missing, engine_slots):
+        for first, last in contiguous_ranges(missing):
             yield Launch(Step.INFER, batch.id, f"infer:{key}:{first}-{last}", (first, last))
     else:
         newest = max(graph.materialized.values(), default=0)
         yield Launch(Step.FINALIZE, batch.id, f"merge:{key}@{newest}")
 
 
-def split_ranges(indexes: Sequence[int], parts: int) -> list[tuple[int, int]]:
-    """Group sorted `indexes` into contiguous ranges (first, last), at least `parts` of them where possible."""
+def contiguous_ranges(indexes: Sequence[int]) -> list[tuple[int, int]]:
+    """Group sorted `indexes` into ranges (first, last) without gaps: what one run can cover."""
     ranges: list[tuple[int, int]] = []
-    share_before = -1
-    for position, index in enumerate(indexes):
-        share = position * max(1, parts) // len(indexes)
-        if ranges and index == ranges[-1][1] + 1 and share == share_before:
+    for index in indexes:
+        if ranges and index == ranges[-1][1] + 1:
             ranges[-1] = (ranges[-1][0], index)
         else:
             ranges.append((index, index))
-        share_before = share
     return ranges
 
 

@@ -47,6 +47,19 @@ class _Summing:
         return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 4) if ordered else 0.0
 
 
+class _SetDigest:
+    """A digest of records that does not hang on their order, which in a journal is that of arrival."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+
+    def add(self, record: bytes) -> None:
+        self._sum += int.from_bytes(hashlib.sha256(record).digest())
+
+    def hexdigest(self) -> str:
+        return f"{self._sum % (1 << 256):064x}"
+
+
 def seal_chunk(
     workspace: Workspace,
     chunk: Chunk,
@@ -63,18 +76,16 @@ def seal_chunk(
 
     Running it again for the same attempt writes the same bytes. The first answer of a line wins.
     """
-    table, summing, digest = ResultTable(chunk.range.line_count), _Summing(), hashlib.sha256()
+    table, summing, digest = ResultTable(chunk.range.line_count), _Summing(), _SetDigest()
     for epoch, placed in replay(workspace, chunk.batch_id, chunk.index, attempt.base_epoch, attempt.epoch):
         outcome = SUCCEEDED if placed.record.ok else FAILED
         entry = ResultEntry(epoch, placed.offset, placed.length, outcome)
         if table.put(placed.record.line - chunk.range.first_line, entry):
             summing.add(placed)
-            digest.update(placed.record.body)
+            digest.add(b"%d:" % placed.record.line + bytes(placed.record.body))
     with publish(workspace.result_path(chunk.batch_id, chunk.index, attempt.epoch)) as index:
         index.write(table.pack(reason))
     unanswered = chunk.range.line_count - summing.completed - summing.failed
-    if unanswered:
-        summing.error_codes[reason] += unanswered
     return ChunkSummary(
         counts=RequestCounts(chunk.range.line_count, summing.completed, summing.failed + unanswered),
         usage=summing.usage,
@@ -86,7 +97,7 @@ def seal_chunk(
         latency_p50=summing.quantile(0.5),
         latency_p95=summing.quantile(0.95),
         finish_reasons=dict(summing.finish_reasons),
-        error_codes=dict(summing.error_codes.most_common(10)),
+        error_codes=dict(summing.error_codes.most_common(10)) | ({reason: unanswered} if unanswered else {}),
         input_lengths=summing.input_lengths.buckets(),
         output_lengths=summing.output_lengths.buckets(),
         digest=digest.hexdigest(),
