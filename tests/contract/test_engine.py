@@ -269,3 +269,24 @@ async def test_urgent_lines_go_first(rig: Rig) -> None:
     async with rig.lease() as lease:
         await asyncio.gather(*(send(lease, number) for number in reversed(range(40))))
     assert sum(done[:16]) < sum(done[-16:])
+
+
+async def test_an_engine_that_was_warmed_is_the_one_that_serves(manager: EngineManager) -> None:
+    said: list[str] = []
+    tiny = Model("tiny", "somewhere", aliases=("small",))
+    manager.warm(tiny, said.append)
+    manager.warm(tiny, said.append)
+    assert len(said) <= 1, "a second call finds it on its way"
+    async with manager.lease(tiny, said.append) as lease:
+        manager.warm(Model("other", "elsewhere"), said.append)
+        assert (await lease.send(a_request())).status == 200
+    manager.warm(Model("other", "elsewhere"), said.append)
+    assert not any("other" in sentence for sentence in said), "what runs is left alone"
+
+
+def test_an_engine_that_cannot_be_warmed_is_only_reported(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = EngineConfig(folder=tmp_path / "engine", python=str(tmp_path / "none"), device="cpu")
+    manage_engine(config).warm(Model("tiny", "somewhere"), said.append)
+    assert "was not started ahead" in said[-1]
+    assert engine_status(tmp_path / "engine") is None

@@ -1,5 +1,7 @@
 """The `validated_input` asset: what it shows of a good and of a bad file, and what it leaves in the store."""
 
+import pytest
+
 from tests.defs.graph import SLOTS, Graph, chat_line, checks, materialized, rows, values
 from vllm_batch_dagster.core.states import BatchStatus
 
@@ -61,3 +63,14 @@ def test_again_for_a_finished_batch_changes_nothing(graph: Graph) -> None:
     before = graph.batch(batch_id)
     assert graph.run("validate_batch", batch_id).success
     assert graph.batch(batch_id) == before
+
+
+def test_a_good_batch_warms_the_engine_and_a_bad_one_does_not(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[str | None] = []
+    monkeypatch.setattr(graph.services.engines, "warm", lambda model, _report: warmed.append(model.name))
+    graph.validated([b"nonsense"])
+    assert warmed == []
+    batch_id = graph.validated()
+    assert warmed == [graph.batch(batch_id).model]
+    graph.run("validate_batch", batch_id)
+    assert len(warmed) == 1, "a batch that is past validation has its engine when it needs it"

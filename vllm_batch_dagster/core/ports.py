@@ -204,6 +204,10 @@ class EngineManager(Protocol):
         """Make sure that `model` is served and hold it. `report` gets progress sentences while it starts.
         Raises EngineFailure."""
 
+    def warm(self, model: Model, report: Report) -> None:
+        """Begin to start an engine for `model` if none runs, without waiting for it and without a hold on it: the
+        chunks of a batch that has just passed validation come in a few seconds. Raises nothing that a lease would."""
+
     def stop_idle(self, idle_seconds: float) -> str | None:
         """Stop our engine if nobody has held it for `idle_seconds`. Returns the stopped model's name."""
 

@@ -49,8 +49,8 @@ def validated_input(slots: int) -> dg.AssetsDefinition:
         check_specs=[checks.LINES_VALID],
     )
     def check_input(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> Iterator[object]:
-        """Start here: every line of the input file checked, its byte index written, its chunks planned. No engine is
-        touched. A batch with a bad line ends here as failed, and `errors` lists each bad line."""
+        """Start here: every line of the input file checked, its byte index written, its chunks planned. A batch with
+        a bad line ends here as failed, `errors` lists each bad line, and no engine is touched."""
         batch = services.store.batches.get(context.partition_key)
         report = validate_batch(
             batch,
@@ -62,6 +62,7 @@ def validated_input(slots: int) -> dg.AssetsDefinition:
             services.clock,
         )
         if not report.errors:
+            _warm_engine(context, services, batch)
             # As planned, which is not as this very pass would plan it: CHUNK_SIZE may have changed since.
             _fill_unused_slots(context.instance, batch.id, len(services.store.chunks.list(batch.id)), slots)
         yield dg.MaterializeResult(
@@ -69,6 +70,13 @@ def validated_input(slots: int) -> dg.AssetsDefinition:
         )
 
     return check_input
+
+
+def _warm_engine(context: dg.AssetExecutionContext, services: Services, batch: Batch) -> None:
+    """Let the engine start while the run for the chunks is asked for and started: it is the longest wait of all."""
+    planned = services.store.batches.get(batch.id)
+    if batch.status is BatchStatus.VALIDATING and planned.status is BatchStatus.IN_PROGRESS:
+        services.engines.warm(services.model_of(planned), context.log.info)
 
 
 def _fill_unused_slots(instance: dg.DagsterInstance, batch_id: str, used: int, slots: int) -> None:

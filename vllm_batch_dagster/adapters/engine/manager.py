@@ -12,7 +12,7 @@ newcomers are served in the order of queue.lock, so a swap is not starved by use
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from vllm_batch_dagster.adapters.engine.launch import DRAIN_SECONDS, Launch, pla
 from vllm_batch_dagster.adapters.engine.lease import OwnLease
 from vllm_batch_dagster.adapters.engine.locks import Hold, hold, hold_within, try_hold
 from vllm_batch_dagster.adapters.engine.starter import REPORT_SECONDS, Starter
+from vllm_batch_dagster.core.errors import BatchError
 from vllm_batch_dagster.core.models import Model
 from vllm_batch_dagster.core.ports import EngineLease, EngineManager, Report
 
@@ -113,16 +114,32 @@ class OwnEngine:
         """See EngineManager.stop_idle. Returns at once when somebody uses, starts or stops the engine."""
         if self._folder.read() is None or self._folder.idle_seconds() < idle_seconds:
             return None
-        with hold_within(self._folder.start_lock, 0) as may_stop:
-            use = try_hold(self._folder.use_lock, exclusive=True) if may_stop else None
-            if use is None:
-                return None
+        with self._alone() as is_alone:
+            # Looked at again, because the last user may have left between the first look and the locks.
+            is_idle = is_alone and self._folder.idle_seconds() >= idle_seconds
+            return self._folder.end_engine(DRAIN_SECONDS) if is_idle else None
+
+    def warm(self, model: Model, report: Report) -> None:
+        """See EngineManager.warm. An engine that runs is left alone, also one of another model that nobody uses."""
+        try:
+            self._folder.create()
+            launch = self._plan(model)
+            with self._alone() as is_alone:
+                if is_alone and not self._folder.living_groups():
+                    self._starter.start(launch, report)
+        except BatchError as error:
+            report(f"the engine of {model.name} was not started ahead of its first chunk: {error}")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Hold the engine against everybody, if at this moment nobody uses, starts or stops it; yields whether."""
+        with hold_within(self._folder.start_lock, 0) as is_held:
+            use = try_hold(self._folder.use_lock, exclusive=True) if is_held else None
             try:
-                # Looked at again, because the last user may have left between the first look and the locks.
-                is_idle = self._folder.idle_seconds() >= idle_seconds
-                return self._folder.end_engine(DRAIN_SECONDS) if is_idle else None
+                yield use is not None
             finally:
-                use.release()
+                if use is not None:
+                    use.release()
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,9 @@ class RemoteEngines:
         """Nothing: their life is not ours."""
         return None
 
+    def warm(self, model: Model, report: Report) -> None:
+        """Nothing, for the same reason."""
+
 
 class RemoteLease:
     """See EngineLease."""

@@ -58,7 +58,7 @@ class Starter:
         if record is not None and record.serial != distrusted and await self._is_usable(record):
             return await self._wait_ready(record, report)
         await self._end(grace=0.0)
-        return await self._wait_ready(self._start(launch, report), report)
+        return await self._wait_ready(self.start(launch, report), report)
 
     async def _is_usable(self, record: EngineRecord) -> bool:
         async with _probing(record) as client:
@@ -80,7 +80,8 @@ class Starter:
     async def _end(self, grace: float) -> None:
         await _to_end(lambda: self.folder.end_engine(grace))
 
-    def _start(self, launch: Launch, report: Report) -> EngineRecord:
+    def start(self, launch: Launch, report: Report) -> EngineRecord:
+        """Start the process and record it, without waiting. There is none. Raises EngineStartFailed."""
         port = pick_port(self.config.port)
         argv = launch.at(port)
         record = EngineRecord(

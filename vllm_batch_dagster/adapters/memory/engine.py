@@ -60,6 +60,11 @@ class EchoEngine:
             self._holders -= 1
             self._last_used = self._clock()
 
+    def warm(self, model: Model, report: Report) -> None:
+        if self._model is None:
+            report(f"the echo engine serves {model.name}")
+            self._model, self._last_used = model, self._clock()
+
     def stop_idle(self, idle_seconds: float) -> str | None:
         idle = self._clock() - self._last_used
         if self._model is None or self._holders or idle < idle_seconds:
