@@ -1,0 +1,63 @@
+"""Peak resident memory: VmHWM of processes that stay, and of run workers while they live. Linux only."""
+
+import threading
+from pathlib import Path
+
+import psutil
+
+from bench.errors import BenchFailed
+from vllm_batch_dagster.cli.processes import run_workers
+
+_POLL_SECONDS = 0.1
+
+
+def read_peak(status: str) -> float:
+    """Return VmHWM in MB (2**20 bytes) from the text of /proc/PID/status. Raises ValueError when it is not there."""
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise ValueError("no VmHWM: not a Linux process, or one that has ended")
+
+
+def peak_of(pid: int) -> float:
+    """Return the peak of a living process in MB."""
+    return read_peak(Path(f"/proc/{pid}/status").read_text())
+
+
+class WorkerPeaks:
+    """Notes the peak of every run worker of a code server from `with` on. Its last 0.1 s may be missed."""
+
+    def __init__(self, code_server: int) -> None:
+        self._code_server = code_server
+        self._foreign: set[int] = set()
+        self._peaks: dict[int, tuple[float, float]] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="worker peaks")
+
+    def __enter__(self) -> "WorkerPeaks":
+        # A worker of the batch before may still be on its way out.
+        self._foreign = {worker.pid for worker in run_workers(self._code_server)}
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def in_order(self, expected: int) -> list[float]:
+        """Return the peaks in MB in the order in which the workers began. Raises BenchFailed for another number."""
+        if len(self._peaks) != expected:
+            raise BenchFailed(f"saw {len(self._peaks)} run workers instead of {expected}")
+        return [peak for _began, peak in sorted(self._peaks.values())]
+
+    def _poll(self) -> None:
+        known: dict[int, psutil.Process] = {}
+        while not self._over.wait(_POLL_SECONDS):
+            for worker in run_workers(self._code_server):
+                if worker.pid not in self._foreign:
+                    known.setdefault(worker.pid, worker)
+            for pid, worker in list(known.items()):
+                try:
+                    self._peaks[pid] = (worker.create_time(), peak_of(pid))
+                except (OSError, ValueError, psutil.Error):
+                    del known[pid]  # it has ended; its last peak stays
