@@ -60,14 +60,22 @@ def find_worst(watches: Sequence[Watch]) -> Watch:
     return min(watches, key=lambda watch: watch.drain.minimum)
 
 
-def describe_watches(watches: Sequence[Watch]) -> list[Figure]:
-    """Return the figures. "Never" is not a matter of medians: the least reading of all repetitions is judged."""
+def describe_watches(watches: Sequence[Watch], undivided: Watch) -> list[Figure]:
+    """Return the figures. "Never" is not a matter of medians: the least reading of all repetitions is judged.
+
+    `undivided` is the same file as one chunk: what falls there as well has nothing to do with a border.
+    """
     rows = [asdict(watch.drain) for watch in watches]
     near = [lowest for watch in watches for lowest in watch.at_borders]
     at_borders = [Figure("least running + waiting within 0.5 s of any chunk border", "requests", (min(near),))]
     return [
         Figure("least running + waiting inside any run", "requests", (min(row["minimum"] for row in rows),), UNDRAINED),
         *(at_borders if near else ()),
+        Figure(
+            "for comparison: least inside a run of 1 chunk, which has no border",
+            "requests",
+            (undivided.drain.minimum,),
+        ),
         collect("longest time between two readings of the gauges", "s", rows, "longest_gap"),
         collect("first line sent to first request in a gauge", "s", rows, "lead"),
         collect("last request in a gauge to last answer", "s", rows, "tail"),

@@ -15,7 +15,7 @@ from vllm_batch_dagster.adapters.simulated.process import SimulatedProcess
 
 MODEL = "simulated"
 MAX_TOKENS = 8
-FLAT = Target(50.0)
+TARGETS = {"api": Target(50.0), "infer_chunks": Target(50.0)}
 WATCHED = {
     "api": "API process",
     "infer_chunks": "chunk run",
@@ -53,12 +53,7 @@ def _result(rows: Sequence[Mapping[str, Any]], setup: Mapping[str, Any]) -> Resu
     least, most = rows[0], rows[-1]
     span = f"{least['lines']} to {most['lines']} lines"
     growth = [
-        Figure(
-            f"{words}: growth from {span}",
-            "MB",
-            (most[key] - least[key],),
-            FLAT if key in ("api", "infer_chunks") else None,
-        )
+        Figure(f"{words}: growth from {span}", "MB", (most[key] - least[key],), TARGETS.get(key))
         for key, words in WATCHED.items()
     ]
     peaks = [

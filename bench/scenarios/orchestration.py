@@ -28,7 +28,7 @@ JOBS = {"validate_batch": "validate", "infer_chunks": "infer", "finalize_batch":
 def measure_orchestration(plan: Plan) -> Sequence[Result]:
     lines = plan.sizes.chunks
     path = write_chat_file(plan.folder / "chunks.jsonl", lines, MODEL, MAX_TOKENS)
-    one, _ = _measure_chunks(plan, path, 1)
+    one, undivided = _measure_chunks(plan, path, 1)
     many, watches = _measure_chunks(plan, path, CHUNKS)
     plan.results.mkdir(parents=True, exist_ok=True)
     title = f"vLLM's gauges over {CHUNKS} chunks of one run ({MODEL})"
@@ -40,11 +40,11 @@ def measure_orchestration(plan: Plan) -> Sequence[Result]:
         "watched_max_tokens": WATCHED_TOKENS,
         "chunk_counts": [1, CHUNKS],
     }
-    return [_result(one, many, watches, setup)]
+    return [_result(one, many, watches, undivided[0], setup)]
 
 
 def _measure_chunks(plan: Plan, path: Path, chunks: int) -> tuple[list[dict[str, Any]], list[Watch]]:
-    """Return the repetitions with `chunks` chunks, and as many watched batches (only for more than one chunk)."""
+    """Return the repetitions with `chunks` chunks, and watched batches: as many, or one where there is no border."""
     size = -(-plan.sizes.chunks // chunks)
     watched = write_chat_file(plan.folder / "watched.jsonl", plan.sizes.chunks, MODEL, WATCHED_TOKENS)
     watches = []
@@ -52,8 +52,8 @@ def _measure_chunks(plan: Plan, path: Path, chunks: int) -> tuple[list[dict[str,
         say("orchestration: warming the engine")
         warm_up(stack, MODEL)
         rows = [_repeat(stack, path, chunks, number, plan.runs) for number in range(plan.runs)]
-        for number in range(plan.runs if chunks > 1 else 0):
-            say(f"orchestration {number + 1}/{plan.runs}: the engine's gauges across chunk borders")
+        for number in range(count := plan.runs if chunks > 1 else 1):
+            say(f"orchestration {number + 1}/{count}: the engine's gauges, {chunks} chunk{'s' if chunks > 1 else ''}")
             watches.append(watch_batch(stack, watched))
     return rows, watches
 
@@ -84,15 +84,16 @@ def _result(
     one: Sequence[Mapping[str, Any]],
     many: Sequence[Mapping[str, Any]],
     watches: Sequence[Watch],
+    undivided: Watch,
     setup: Mapping[str, Any],
 ) -> Result:
     worst = find_worst(watches)
     return Result(
         name="orchestration",
         title=f"cost per run and per chunk: {setup['lines']} lines on {MODEL} as 1 and as {CHUNKS} chunks",
-        figures=(*_costs(one, many), *describe_watches(watches)),
+        figures=(*_costs(one, many), *describe_watches(watches, undivided)),
         setup=setup,
-        raw=[*one, *many, *({"gauges": watch.as_data()} for watch in watches)],
+        raw=[*one, *many, *({"gauges": watch.as_data()} for watch in (*watches, undivided))],
         notes=(
             "A run's wall is from the sensor's request to the run's end. Validation and merge count wholly as cost.",
             f"A further chunk costs (wall with {CHUNKS} chunks - wall with 1) / {CHUNKS - 1}, repetition by "
