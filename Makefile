@@ -50,9 +50,11 @@ test: lint types  ## lint, types and every test, the real engine included
 	@echo "== pytest, $$($(BIN)/python -V)" && $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-no-engine: export ENGINE := none
+# The slow ones start whole stacks for minutes, and `make test` runs them; one of them is enough for another Python.
 test-no-engine: setup  ## the tests that need no vLLM, for the other Pythons
 	@echo "== pytest without the engine, $$($(BIN)/python -V)" && \
-	  $(BIN)/python -m pytest -m "not engine" --ignore=tests/e2e $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -m "not engine and not slow" --ignore=tests/e2e $(PYTEST_ARGS) && \
+	  $(BIN)/python -m pytest tests/defs/test_stack.py -k batch_of_several_chunks $(PYTEST_ARGS)
 
 bench: setup  ## measure against vLLM's own run_batch; writes bench/results/
 	@$(BIN)/python -m bench
@@ -68,4 +70,4 @@ clean:  ## delete caches; environments, models and state stay
 	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and delete the environments and the models; state stays
-	@rm -rf .venv .venv-engine .venv-3.* .models .setup.lock
+	@rm -rf .venv .venv-engine .venv-clients .venv-3.* .models .setup.lock

@@ -4,10 +4,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api_shim.deps import BatchDep, CursorDep, JsonDep, ServicesDep, unknown_cursor
+from api_shim.deps import BatchDep, CursorDep, JsonDep, ProjectDep, ServicesDep, unknown_cursor
 from api_shim.errors import error_responses
+from api_shim.idempotency import IDEMPOTENCY_PARAMETER, IdempotencyDep
 from api_shim.presenters import present_batch, present_batches
 from api_shim.schemas import CREATE_BATCH_SCHEMA, BatchList, BatchObject, request_body
+from vllm_batch_dagster.core.claims import BATCHES
 from vllm_batch_dagster.core.errors import NotFound
 from vllm_batch_dagster.stages.intake import cancel_batch, create_batch
 
@@ -16,17 +18,34 @@ router = APIRouter(prefix="/v1/batches", tags=["batches"])
 
 @router.post(
     "",
-    responses=error_responses(400, 413, 415),
-    openapi_extra=request_body("application/json", CREATE_BATCH_SCHEMA),
+    responses=error_responses(400, 409, 413, 415),
+    openapi_extra=request_body("application/json", CREATE_BATCH_SCHEMA) | IDEMPOTENCY_PARAMETER,
 )
-def submit_batch(params: JsonDep, services: ServicesDep) -> BatchObject:
-    return present_batch(create_batch(params, services.store, services.clock, services.randomness))
+def submit_batch(
+    params: JsonDep, services: ServicesDep, project_id: ProjectDep, idempotency: IdempotencyDep
+) -> BatchObject:
+    batch = create_batch(
+        params,
+        services.store,
+        services.clock,
+        services.randomness,
+        project_id=project_id,
+        windows=services.settings.completion_windows,
+        claim_key=idempotency.claim_key(BATCHES),
+        on_repeat=idempotency.mark_replayed,
+    )
+    return present_batch(batch)
 
 
 @router.get("", responses=error_responses(400))
-def list_batches(services: ServicesDep, after: CursorDep, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> BatchList:
+def list_batches(
+    services: ServicesDep,
+    project_id: ProjectDep,
+    after: CursorDep,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> BatchList:
     try:
-        page = services.store.batches.list(after=after, limit=limit)
+        page = services.store.batches.list(after=after, limit=limit, project_id=project_id)
     except NotFound as missing:
         raise unknown_cursor(after) from missing
     return present_batches(page)

@@ -11,15 +11,20 @@ from anyio import CapacityLimiter, Event
 from fastapi import Depends, Request
 
 from api_shim.errors import BODY_TOO_LARGE, UNSUPPORTED_TYPE
+from api_shim.turns import Turns
 from vllm_batch_dagster.core.creation import Randomness, is_storable
 from vllm_batch_dagster.core.errors import InvalidInput, NotFound
 from vllm_batch_dagster.core.models import Batch, File
 from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore, ModelCatalog, Workspace
+from vllm_batch_dagster.core.preflight import ModelFacts
 from vllm_batch_dagster.settings import Settings
 from vllm_batch_dagster.stages.intake import find_file
 
 MAX_JSON_BYTES = 1 << 20
 DISK_THREADS = 16
+MOST_FOLLOWERS = 100  # of results of open batches: each looks once a second
+MOST_PREFLIGHTS = 2  # at once: they take a core each
+PROJECT = "vllm_batch.project"  # key of the ASGI scope; missing where a stranger may look too
 _JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\s*(?:;.*)?", re.IGNORECASE)
 
 
@@ -47,11 +52,32 @@ class Arrivals:
             await self._idle.wait()
 
 
+class Seats:
+    """A bounded number of answers that go on for long. One event loop."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.taken = 0
+
+    @property
+    def are_full(self) -> bool:
+        return self.taken >= self.most
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """Everything that a route may touch; one per app, none in a module. `started_at` in unix seconds.
 
-    `disk` limits the threads of uploads and downloads, so that a slow disk never starves the other routes.
+    `disk` limits the threads of uploads and downloads, so that a slow disk never starves the other routes;
+    `completions` are the uploads that are being completed.
     """
 
     settings: Settings
@@ -59,11 +85,15 @@ class Services:
     files: FileStore
     workspace: Workspace
     catalog: ModelCatalog
+    facts: ModelFacts
     clock: Clock
     randomness: Randomness
     started_at: int
     disk: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(DISK_THREADS))
     arrivals: Arrivals = field(default_factory=Arrivals)
+    followers: Seats = field(default_factory=lambda: Seats(MOST_FOLLOWERS))
+    preflights: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MOST_PREFLIGHTS))
+    completions: Turns = field(default_factory=Turns)
 
 
 async def get_services(request: Request) -> Services:
@@ -74,16 +104,25 @@ async def get_services(request: Request) -> Services:
 ServicesDep = Annotated[Services, Depends(get_services)]
 
 
-def get_file(file_id: str, services: ServicesDep) -> File:
+async def get_project(request: Request) -> str:
+    """The project of the caller, as api_shim/auth.py found it. Whatever a route reads or writes belongs to it."""
+    project_id: str = request.scope[PROJECT]
+    return project_id
+
+
+ProjectDep = Annotated[str, Depends(get_project)]
+
+
+def get_file(file_id: str, services: ServicesDep, project_id: ProjectDep) -> File:
     if not is_storable(file_id):
         raise NotFound("file", file_id)
-    return find_file(file_id, services.store, services.clock())
+    return find_file(file_id, services.store, services.clock(), project_id)
 
 
-def get_batch(batch_id: str, services: ServicesDep) -> Batch:
+def get_batch(batch_id: str, services: ServicesDep, project_id: ProjectDep) -> Batch:
     if not is_storable(batch_id):
         raise NotFound("batch", batch_id)
-    return services.store.batches.get(batch_id)
+    return services.store.batches.get(batch_id, project_id=project_id)
 
 
 def get_cursor(after: str | None = None) -> str | None:

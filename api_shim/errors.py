@@ -17,12 +17,15 @@ from api_shim.schemas import ErrorEnvelope
 from vllm_batch_dagster.core.creation import above_maximum, below_minimum, unsupported_value, wrong_type
 from vllm_batch_dagster.core.errors import (
     BatchError,
+    ClaimConflict,
     EngineFailure,
     InvalidInput,
     NotFound,
     StateConflict,
     StorageFailure,
 )
+from vllm_batch_dagster.core.limits import STORAGE_LIMIT_EXCEEDED
+from vllm_batch_dagster.core.uploads import PART_TOO_LARGE
 from vllm_batch_dagster.stages.intake import FILE_TOO_LARGE
 
 UNSUPPORTED_TYPE = "unsupported_content_type"
@@ -41,7 +44,13 @@ STATUS_OF: tuple[tuple[type[Exception], int], ...] = (
     (ClientDisconnect, 400),
 )
 # Kinds of wrong input that HTTP has a status of their own for.
-STATUS_OF_CODE = {FILE_TOO_LARGE: 413, BODY_TOO_LARGE: 413, UNSUPPORTED_TYPE: 415}
+STATUS_OF_CODE = {
+    FILE_TOO_LARGE: 413,
+    PART_TOO_LARGE: 413,
+    BODY_TOO_LARGE: 413,
+    UNSUPPORTED_TYPE: 415,
+    STORAGE_LIMIT_EXCEEDED: 403,  # the client tries 429 again, and waiting makes no room
+}
 
 # The openai client sends 409 and 5xx again by itself (contract E.2); a second try changes nothing for these.
 NOT_RETRIED = frozenset({409, 507})
@@ -70,10 +79,11 @@ def envelope(
     *,
     param: str | None = None,
     code: str | None = None,
+    kind: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """Return the error response. ASCII JSON, because a message may quote text that has no UTF-8."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = kind or ("invalid_request_error" if status < 500 else "server_error")
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     extra = {"x-should-retry": "false"} if status in NOT_RETRIED else {}
     return Response(
@@ -99,6 +109,8 @@ async def _answer_known(request: Request, failure: Exception) -> Response:
             return envelope(status, failure.message, param=failure.param, code=failure.code)
         case NotFound():
             return _not_found(failure)
+        case ClaimConflict():
+            return envelope(status, str(failure), param="Idempotency-Key", code="idempotency_key_reused")
         case StorageFailure() if _is_disk_full(failure):
             return envelope(507, "The server's disk is full. Nothing was stored.", code=DISK_IS_FULL)
         case ClientDisconnect():

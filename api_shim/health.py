@@ -2,10 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from api_shim.deps import ServicesDep
+from api_shim.deps import PROJECT, ServicesDep
 from api_shim.errors import envelope, error_responses
 from api_shim.presenters import present_counts
 from api_shim.schemas import HealthObject, ServerStatus
@@ -29,16 +29,21 @@ def check_health(services: ServicesDep) -> Response:
 
 
 @router.get("/")
-def show_status(services: ServicesDep) -> ServerStatus:
-    open_batches = [batch for batch in services.store.batches.open() if not batch.is_terminal]
+def show_status(request: Request, services: ServicesDep) -> ServerStatus:
+    """Counts are those of the caller's project; a stranger to a server with keys gets none."""
+    status = ServerStatus(name=PACKAGE, version=package_version(), docs="/docs")
+    project_id = request.scope.get(PROJECT)
+    if project_id is None:
+        return status
+    mine = [batch for batch in services.store.batches.open() if batch.project_id == project_id]
+    open_batches = [batch for batch in mine if not batch.is_terminal]
     counts = sum((batch.counts for batch in open_batches), RequestCounts())
-    return ServerStatus(
-        name=PACKAGE,
-        version=package_version(),
-        docs="/docs",
-        dagster_url=dagster_url(services.settings),
-        open_batches=len(open_batches),
-        request_counts=present_counts(counts),
+    return status.model_copy(
+        update={
+            "dagster_url": dagster_url(services.settings),
+            "open_batches": len(open_batches),
+            "request_counts": present_counts(counts),
+        }
     )
 
 

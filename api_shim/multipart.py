@@ -1,6 +1,7 @@
-"""A multipart/form-data upload as it streams in: the `file` part goes straight to a sink, others are fields.
+"""A multipart/form-data upload as it streams in: the part with the contents goes to a sink, others are fields.
 
-No second copy on disk, no whole part in memory, parts in any order. Called by api_shim/files.py, in a thread.
+No second copy on disk, no whole part in memory, parts in any order. Called in a thread, by the routes that take files
+and parts.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # the library defines it for type checkers only
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 16 << 10
 FILE_PART = "file"
+DATA_PART = "data"  # of an upload in parts
 
 
 class Sink(Protocol):
@@ -29,10 +31,11 @@ class Sink(Protocol):
 class UploadForm:
     """Push parser: `feed` blocks of the body, then `close`. `fields` and `filename` fill up on the way.
 
-    `open_sink` is called once, when the file part begins.
+    `open_sink` is called once, when the part named `contents` begins.
     """
 
-    def __init__(self, boundary: bytes, open_sink: Callable[[], Sink]) -> None:
+    def __init__(self, boundary: bytes, open_sink: Callable[[], Sink], contents: str = FILE_PART) -> None:
+        self._contents = contents
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self._open_sink = open_sink
@@ -95,11 +98,13 @@ class UploadForm:
         if b"name" not in options:
             raise InvalidInput("A part of the multipart body has no name in its Content-Disposition header.")
         self._name = _decode(options[b"name"])
-        if self._name != FILE_PART:
+        if self._name != self._contents:
             self._receive = self._collect
             return
         if self._sink is not None:
-            raise InvalidInput("The form has two 'file' parts. Send one file per request.", param=FILE_PART)
+            raise InvalidInput(
+                f"The form has two '{self._contents}' parts. Send one per request.", param=self._contents
+            )
         self.filename = _decode(options[b"filename"]) if b"filename" in options else None
         self._sink = self._open_sink()
         self._receive = self._sink.write
@@ -112,7 +117,7 @@ class UploadForm:
         self._text += data
 
     def _end_part(self) -> None:
-        if self._name == FILE_PART:
+        if self._name == self._contents:
             return
         if len(self.fields) == MAX_FIELDS:
             raise InvalidInput(f"The form has more than {MAX_FIELDS} fields.")
@@ -127,8 +132,8 @@ def read_boundary(headers: Mapping[str, str]) -> bytes:
     kind, options = parse_options_header(headers.get("content-type"))
     if kind != b"multipart/form-data":
         raise InvalidInput(
-            f"Unsupported content type: '{headers.get('content-type', '')}'. Send the file as "
-            "multipart/form-data with the parts 'purpose' and 'file'.",
+            f"Unsupported content type: '{headers.get('content-type', '')}'. Send a form of the type "
+            "multipart/form-data, the contents as one part of it.",
             code=UNSUPPORTED_TYPE,
         )
     if not (boundary := options.get(b"boundary")):

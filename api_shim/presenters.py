@@ -14,9 +14,12 @@ from api_shim.schemas import (
     ModelObject,
     OutputTokensDetails,
     RequestCountsObject,
+    UploadObject,
+    UploadPartObject,
     UsageObject,
 )
 from vllm_batch_dagster.core.models import Batch, File, LineError, Model, Page, RequestCounts, Usage
+from vllm_batch_dagster.core.uploads import Upload, UploadPart
 
 MODEL_OWNER = "vllm"
 
@@ -41,12 +44,30 @@ def present_files(page: Page[File]) -> FileList:
     )
 
 
+def present_upload(upload: Upload, file: File | None = None) -> UploadObject:
+    """`file` is that of a completed upload."""
+    return UploadObject(
+        id=upload.id,
+        bytes=upload.bytes,
+        created_at=upload.created_at,
+        expires_at=upload.expires_at,
+        filename=upload.filename,
+        purpose=upload.purpose,
+        status=upload.status.value,
+        file=present_file(file) if file else None,
+    )
+
+
+def present_part(part: UploadPart) -> UploadPartObject:
+    return UploadPartObject(id=part.id, created_at=part.created_at, upload_id=part.upload_id)
+
+
 def present_batch(batch: Batch) -> BatchObject:
     return BatchObject(
         id=batch.id,
         endpoint=batch.endpoint,
         model=batch.model,
-        errors=_present_errors(batch.errors) if batch.errors else None,
+        errors=present_errors(batch.errors) if batch.errors else None,
         input_file_id=batch.input_file_id,
         completion_window=batch.completion_window,
         status=batch.status.value,
@@ -86,7 +107,7 @@ def present_models(models: Sequence[Model], created: int) -> ModelList:
     return ModelList(data=[ModelObject(id=name, created=created, owned_by=MODEL_OWNER) for name in names])
 
 
-def _present_errors(errors: Sequence[LineError]) -> BatchErrorList:
+def present_errors(errors: Sequence[LineError]) -> BatchErrorList:
     return BatchErrorList(
         data=[
             BatchErrorObject(code=error.code, message=error.message, param=error.param, line=error.line)

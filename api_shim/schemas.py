@@ -16,6 +16,8 @@ from vllm_batch_dagster.core.creation import (
     MIN_EXPIRY_SECONDS,
 )
 from vllm_batch_dagster.core.models import ENDPOINTS, UPLOAD_PURPOSES
+from vllm_batch_dagster.core.uploads import MAX_NAME, MAX_UPLOAD_BYTES
+from vllm_batch_dagster.core.windows import PATTERN
 
 
 class FileObject(BaseModel):
@@ -42,6 +44,25 @@ class FileList(BaseModel):
     first_id: str | None
     last_id: str | None
     has_more: bool
+
+
+class UploadObject(BaseModel):
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    file: FileObject | None
+
+
+class UploadPartObject(BaseModel):
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
 
 
 class BatchErrorObject(BaseModel):
@@ -144,14 +165,16 @@ class HealthObject(BaseModel):
 
 
 class ServerStatus(BaseModel):
-    """Not OpenAI's: what `GET /` answers."""
+    """Not OpenAI's: what `GET /` answers. The last three are null for a caller without a key where keys exist."""
 
     name: str
     version: str
     docs: str = Field(description="Path of the interactive documentation of this API.")
-    dagster_url: str
-    open_batches: int = Field(description="Batches that are not in a terminal state.")
-    request_counts: RequestCountsObject = Field(description="Summed over the open batches.")
+    dagster_url: str | None = None
+    open_batches: int | None = Field(
+        default=None, description="Batches of the caller's project that are not in a terminal state."
+    )
+    request_counts: RequestCountsObject | None = Field(default=None, description="Summed over the open batches.")
 
 
 # Request bodies, for the OpenAPI document only. core/creation.py checks them, because the sentences of a
@@ -173,13 +196,37 @@ UPLOAD_SCHEMA: dict[str, Any] = {
         **{f"expires_after[{name}]": rule for name, rule in EXPIRES_AFTER_SCHEMA["properties"].items()},
     },
 }
+CREATE_UPLOAD_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["filename", "purpose", "bytes", "mime_type"],
+    "properties": {
+        "filename": {"type": "string", "maxLength": MAX_NAME},
+        "purpose": {"type": "string", "enum": list(UPLOAD_PURPOSES)},
+        "bytes": {"type": "integer", "minimum": 0, "maximum": MAX_UPLOAD_BYTES},
+        "mime_type": {"type": "string", "maxLength": MAX_NAME},
+        "expires_after": {"anyOf": [EXPIRES_AFTER_SCHEMA, {"type": "null"}]},
+    },
+}
+UPLOAD_PART_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "format": "binary"}},
+}
+COMPLETE_UPLOAD_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["part_ids"],
+    "properties": {
+        "part_ids": {"type": "array", "items": {"type": "string"}},
+        "md5": {"type": ["string", "null"], "pattern": "^[0-9a-fA-F]{32}$"},
+    },
+}
 CREATE_BATCH_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["input_file_id", "endpoint", "completion_window"],
     "properties": {
         "input_file_id": {"type": "string", "maxLength": MAX_INPUT_FILE_ID},
         "endpoint": {"type": "string", "enum": list(ENDPOINTS)},
-        "completion_window": {"type": "string", "enum": ["24h"]},
+        "completion_window": {"type": "string", "pattern": PATTERN},
         "metadata": {
             "type": ["object", "null"],
             "maxProperties": MAX_METADATA_PAIRS,
@@ -188,6 +235,10 @@ CREATE_BATCH_SCHEMA: dict[str, Any] = {
         },
         "output_expires_after": {"anyOf": [EXPIRES_AFTER_SCHEMA, {"type": "null"}]},
     },
+}
+RETRY_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {name: CREATE_BATCH_SCHEMA["properties"][name] for name in ("completion_window", "metadata")},
 }
 
 

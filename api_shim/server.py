@@ -10,10 +10,14 @@ import time
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from structlog.dev import ConsoleRenderer, plain_traceback
+from structlog.processors import ExceptionRenderer
+from structlog.tracebacks import ExceptionDictTransformer
 
 from api_shim.app import create_app
 from vllm_batch_dagster.composition import build_catalog, build_files, build_store, build_workspace
 from vllm_batch_dagster.core.errors import ConfigurationError
+from vllm_batch_dagster.core.ports import BatchStore
 from vllm_batch_dagster.settings import Settings
 
 KEEP_ALIVE_SECONDS = 75  # longer than a minute's polling, so that pollers keep their connection
@@ -26,17 +30,18 @@ def serve(settings: Settings) -> None:
 
     Raises ConfigurationError (address, model catalogue, port), StorageFailure.
     """
-    if not settings.api_allow_remote:
-        refuse_remote(settings.api_host)
     configure_logs(settings.log_format)
+    if not settings.api_allow_remote and not is_loopback(settings.api_host):
+        refuse_remote(settings.api_host, build_store(settings))
     catalog = build_catalog(settings)
     listener = bind_listener(settings.api_host, settings.api_port)
-    app = create_app(
-        settings, build_store(settings), build_files(settings), build_workspace(settings), catalog, time.time
-    )
+    store = build_store(settings)
+    has_keys = bool(store.keys.list())
+    app = create_app(settings, store, build_files(settings), build_workspace(settings), catalog, time.time)
     # uvicorn raises the signal again when it has stopped; SIGTERM's default would make a clean stop look like a crash.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    structlog.get_logger("api").info("listening", url=f"http://{settings.api_host}:{settings.api_port}")
+    url = f"http://{settings.api_host}:{settings.api_port}"
+    structlog.get_logger("api").info("listening", url=url, access=describe_access(settings.api_host, has_keys))
     uvicorn.Server(make_config(app)).run(sockets=[listener])
 
 
@@ -52,14 +57,22 @@ def make_config(app: FastAPI) -> uvicorn.Config:
     )
 
 
-def refuse_remote(host: str) -> None:
-    """Without keys the API is for this machine only. Raises ConfigurationError for any other address."""
-    if not is_loopback(host):
+def refuse_remote(host: str, store: BatchStore) -> None:
+    """Raises ConfigurationError for the address of other machines as long as there are no keys."""
+    if not store.keys.list():
         raise ConfigurationError(
-            f"API_HOST={host} would open the API to other machines, and it has no keys yet: they come with "
-            "the next version. Set API_HOST=127.0.0.1 and use a tunnel or an authenticating proxy; or set "
-            "API_ALLOW_REMOTE=true where something else keeps strangers out."
+            f"API_HOST={host} would open the API to other machines, and it has no keys yet. Make one with "
+            "`vllm-batch keys create --project NAME`, or set API_HOST=127.0.0.1; or set API_ALLOW_REMOTE=true where "
+            "something else keeps strangers out."
         )
+
+
+def describe_access(host: str, has_keys: bool) -> str:
+    """Return who is served, for the log."""
+    if has_keys:
+        return "with a key only"
+    whom = "every program of this machine, and no other machine" if is_loopback(host) else "ANYBODY WHO REACHES IT"
+    return f"no key exists, so it serves {whom}; make one with `vllm-batch keys create --project NAME`"
 
 
 def is_loopback(host: str) -> bool:
@@ -88,16 +101,16 @@ def bind_listener(host: str, port: int) -> socket.socket:
 
 
 def configure_logs(log_format: str) -> None:
-    """One line per event on stderr, ours and uvicorn's."""
+    """One line per event on stderr, ours and uvicorn's. Tracebacks without local variables: keys are among them."""
     as_json = log_format == "json"
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *(
-                (structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer())
+                (ExceptionRenderer(ExceptionDictTransformer(show_locals=False)), structlog.processors.JSONRenderer())
                 if as_json
-                else (structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),)
+                else (ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain_traceback),)
             ),
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

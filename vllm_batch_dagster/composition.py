@@ -1,6 +1,9 @@
 """Builds the adapters that the settings ask for. Called by the front doors (API, Dagster, command line) only."""
 
 from vllm_batch_dagster.core.ports import BatchStore, EngineManager, FileStore, ModelCatalog, Workspace
+from vllm_batch_dagster.core.preflight import ModelFacts
+from vllm_batch_dagster.core.retention import RetentionRules
+from vllm_batch_dagster.core.retention_ports import Disk
 from vllm_batch_dagster.settings import Settings
 
 
@@ -30,6 +33,20 @@ def build_workspace(settings: Settings) -> Workspace:
     return LocalWorkspace(settings.batches_folder, settings.datasets_folder)
 
 
+def build_disk(settings: Settings) -> Disk:
+    from vllm_batch_dagster.adapters.local_disk import LocalDisk
+
+    return LocalDisk(settings.files_folder, settings.batches_folder, settings.datasets_folder)
+
+
+def retention_rules(settings: Settings) -> RetentionRules:
+    return RetentionRules(
+        batch_days=settings.batch_retention_days,
+        record_days=settings.batch_record_days,
+        dataset_days=settings.dataset_retention_days,
+    )
+
+
 def build_catalog(settings: Settings) -> ModelCatalog:
     """Read the model catalogue. Raises ConfigurationError with the mend when it is missing or wrong."""
     from vllm_batch_dagster.adapters.catalog import load_catalog
@@ -39,6 +56,17 @@ def build_catalog(settings: Settings) -> ModelCatalog:
         extra=settings.model,
         engine_url=settings.engine_url,
         api_key=settings.engine_api_key.get_secret_value(),
+    )
+
+
+def build_model_facts(settings: Settings) -> ModelFacts:
+    from vllm_batch_dagster.adapters.model_facts import LocalModelFacts
+
+    return LocalModelFacts(
+        settings.engine_folder,
+        engine_url=settings.engine_url,
+        api_key=settings.engine_api_key.get_secret_value(),
+        extra_args=settings.engine_args,
     )
 
 

@@ -4,6 +4,7 @@ import dagster as dg
 
 from vllm_batch_dagster.defs.assets import build_assets
 from vllm_batch_dagster.defs.jobs import build_jobs
+from vllm_batch_dagster.defs.retention import build_retention
 from vllm_batch_dagster.defs.sensors import build_sensors
 from vllm_batch_dagster.defs.services import Services
 from vllm_batch_dagster.settings import load_settings
@@ -14,9 +15,11 @@ def defs() -> dg.Definitions:
     """Build the graph for the settings of this environment."""
     settings = load_settings()
     jobs = build_jobs()
+    retention, retention_schedule = build_retention()
     return dg.Definitions(
         assets=build_assets(settings.chunk_slots),
-        jobs=jobs,
+        jobs=[*jobs, retention],
+        schedules=[retention_schedule],
         sensors=build_sensors(jobs),
         resources={"services": Services(settings)},
         executor=dg.in_process_executor,

@@ -12,6 +12,9 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from vllm_batch_dagster.core.modes import ValidationMode
+from vllm_batch_dagster.core.windows import WindowRule
+
 LOOPBACK = "127.0.0.1"
 WILDCARDS = frozenset({"", "0.0.0.0", "::"})
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +39,12 @@ class Settings(BaseSettings):
     api_port: int = Field(default=4080, ge=1, le=65535, description="Port of the OpenAI-compatible API.")
     api_allow_remote: bool = Field(
         default=False,
-        description="Let API_HOST be an address that other machines reach, although the API asks nobody who they are. "
-        "For a container whose port is published on loopback.",
+        description="Let API_HOST be an address that other machines reach although no key exists, so that the API "
+        "asks nobody who they are. For a container whose port is published on loopback.",
+    )
+    vllm_batch_api_key: SecretStr = Field(
+        default=SecretStr(""),
+        description="Key that the commands of `vllm-batch` send to the API. Empty: OPENAI_API_KEY, if that is set.",
     )
     dagster_host: str = Field(
         default="127.0.0.1",
@@ -57,7 +64,33 @@ class Settings(BaseSettings):
     postgres_password: SecretStr = Field(default=SecretStr(""), description="PostgreSQL password.")
 
     max_file_bytes: int = Field(default=1 << 30, ge=0, description="Largest upload in bytes. 0: no limit.")
-    max_requests_per_batch: int = Field(default=0, ge=0, description="Most lines in a batch. 0: no limit.")
+    max_requests_per_batch: int = Field(
+        default=0,
+        ge=0,
+        description="Most lines in a batch, and most embedding inputs in all of its lines together. 0: no limit. "
+        "OpenAI's is 50000.",
+    )
+    max_requests_per_minute: int = Field(
+        default=0, ge=0, description="Most API requests of one project per minute. 0: no limit."
+    )
+    max_queued_lines: int = Field(
+        default=0, ge=0, description="Most unanswered lines in the open batches of one project. 0: no limit."
+    )
+    max_stored_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Most bytes that the files of one project may take before uploads are refused. 0: no limit.",
+    )
+    completion_windows: WindowRule = Field(
+        default=WindowRule.ANY,
+        description="Which completion_window a batch may have. any: 24h, and as an extension any duration from 1m to "
+        "30d. 24h: only 24h, exactly as OpenAI.",
+    )
+    validation_mode: ValidationMode = Field(
+        default=ValidationMode.STRICT,
+        description="How an input file is judged when the batch's metadata does not say `validation`. strict: one bad "
+        "line fails the batch, as at OpenAI. lenient: bad lines go to the error file, the others run.",
+    )
     max_validation_errors: int = Field(
         default=1000, ge=1, description="How many bad lines a failed batch lists at most."
     )
@@ -131,6 +164,20 @@ class Settings(BaseSettings):
     )
     curate_min_output_tokens: int = Field(
         default=1, ge=0, description="Curation keeps answers with at least this many tokens."
+    )
+    batch_retention_days: int = Field(
+        default=30,
+        ge=0,
+        description="Days after its end for which a batch keeps its journals, chunks and Dagster runs, and can be run "
+        "again. 0: until its files are gone.",
+    )
+    batch_record_days: int = Field(
+        default=0,
+        ge=0,
+        description="Days after its end for which the API knows a batch whose data has gone. 0: for ever.",
+    )
+    dataset_retention_days: int = Field(
+        default=0, ge=0, description="Days for which curated data sets are kept. 0: for ever."
     )
     log_format: Literal["console", "json"] = Field(default="console", description="Format of our log lines.")
 

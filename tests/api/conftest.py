@@ -1,5 +1,6 @@
 """The API over the real SQL store and local files in a temporary folder: in process, and behind a real uvicorn."""
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,11 @@ from starlette.testclient import TestClient
 
 from api_shim.app import create_app
 from api_shim.server import bind_listener, make_config
+from tests.unit.conftest import Rig
 from vllm_batch_dagster.adapters.local_files import LocalFiles, LocalWorkspace
 from vllm_batch_dagster.adapters.memory import FixedClock, MemoryCatalog
 from vllm_batch_dagster.adapters.store import open_store
+from vllm_batch_dagster.core.keys import make_key, new_secret
 from vllm_batch_dagster.core.models import Model
 from vllm_batch_dagster.core.ports import BatchStore, FileStore
 from vllm_batch_dagster.core.states import BatchEvent
@@ -107,6 +110,21 @@ def upload(client: TestClient) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
+def new_key(store: BatchStore, clock: FixedClock) -> Callable[..., str]:
+    """Make a key of a project in the store, as the command line does; returns what its holder sends.
+
+    A running API sees it within a second, so make it before the first request.
+    """
+
+    def new_key(project: str = "default") -> str:
+        secret = new_secret(secrets.token_bytes)
+        store.keys.add(make_key(secret, project, "", secrets.token_bytes, int(clock())))
+        return secret
+
+    return new_key
+
+
+@pytest.fixture
 def stored_files(settings: Settings) -> Callable[[], int]:
     """Count the files on disk below the file store, partial ones included."""
 
@@ -139,3 +157,12 @@ def lead_to(create: Callable[..., dict[str, Any]], store: BatchStore, clock: Fix
         return batch_id
 
     return lead_to
+
+
+@pytest.fixture
+def rig(settings: Settings, store: BatchStore, files: FileStore, clock: FixedClock) -> Rig:
+    """The stages over the stores of the API: what Dagster's runs would do."""
+    rig = Rig(settings.vllm_batch_home)
+    rig.store, rig.files, rig.clock = store, files, clock
+    rig.workspace = LocalWorkspace(settings.batches_folder, settings.datasets_folder)
+    return rig

@@ -9,6 +9,8 @@ from starlette.testclient import TestClient
 from vllm_batch_dagster.adapters.memory import FixedClock
 from vllm_batch_dagster.core.models import LineError, RequestCounts, Usage
 from vllm_batch_dagster.core.ports import BatchStore
+from vllm_batch_dagster.core.windows import WindowRule
+from vllm_batch_dagster.settings import Settings
 
 BATCH_KEYS = {
     "id", "object", "endpoint", "model", "errors", "input_file_id", "completion_window", "status",
@@ -86,7 +88,7 @@ def test_28_missing_parameters_are_named(client: TestClient, param: str) -> None
     ("param", "value", "code"),
     [
         ("endpoint", "/v1/nonsense", "invalid_value"),
-        ("completion_window", "1h", "invalid_value"),
+        ("completion_window", "1w", "invalid_value"),
         ("completion_window", "", "invalid_value"),
         ("completion_window", 24, "invalid_type"),
         ("input_file_id", None, "invalid_type"),
@@ -102,6 +104,37 @@ def test_29_wrong_parameters_are_named(client: TestClient, param: str, value: ob
 
 def test_30_an_unknown_input_file_is_taken(create: Create) -> None:
     assert create(input_file_id="file-nobody-has")["status"] == "validating"
+
+
+@pytest.mark.parametrize(("window", "seconds"), [("1m", 60), ("90m", 5400), ("6h", 21_600), ("30d", 2_592_000)])
+def test_29_31_other_windows_are_an_extension(create: Create, window: str, seconds: int) -> None:
+    batch = create(completion_window=window)
+
+    assert batch["completion_window"] == window
+    assert batch["expires_at"] == batch["created_at"] + seconds
+
+
+class TestAsOpenAI:
+    """COMPLETION_WINDOWS=24h: nothing but what OpenAI takes."""
+
+    @pytest.fixture
+    def settings(self, settings: Settings) -> Settings:
+        return settings.model_copy(update={"completion_windows": WindowRule.OPENAI})
+
+    @pytest.mark.parametrize("window", ["1h", "48h", "1d", ""])
+    def test_29_another_window_is_refused(self, client: TestClient, window: str) -> None:
+        answer = client.post("/v1/batches", json={**PARAMS, "completion_window": window})
+
+        assert answer.status_code == 400
+        assert answer.json()["error"] == {
+            "message": f"Invalid value: '{window}'. Supported values are: '24h'.",
+            "type": "invalid_request_error",
+            "param": "completion_window",
+            "code": "invalid_value",
+        }
+
+    def test_29_a_day_is_taken(self, create: Create) -> None:
+        assert create()["completion_window"] == "24h"
 
 
 def test_31_the_deadline_is_a_day_after_the_creation(create: Create) -> None:

@@ -159,7 +159,7 @@ def test_a_full_disk_is_507_and_leaves_nothing(client: TestClient, stored_files:
 def test_a_record_that_cannot_be_written_leaves_no_contents(
     client: TestClient, app: FastAPI, stored_files: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(file: object) -> None:
+    def refuse(file: object, **_: object) -> None:
         raise StorageFailure("the database is read-only")
 
     monkeypatch.setattr(app.state.services.store.files, "add", refuse)

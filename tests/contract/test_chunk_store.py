@@ -16,7 +16,7 @@ from vllm_batch_dagster.core.states import BatchStatus
 Store = MemoryStore | SqlStore
 
 NOW = 1_800_000_000
-RANGES = (ChunkRange(0, 0, 10, 0, 1 << 33), ChunkRange(1, 10, 5, 1 << 33, 400))
+RANGES = (ChunkRange(0, 0, 10, 0, 1 << 33), ChunkRange(1, 10, 5, 1 << 33, 400, "a/model"))
 SUMMARY = ChunkSummary(
     counts=RequestCounts(10, 9, 1),
     usage=Usage(100, 10, 200, 20),
@@ -270,3 +270,24 @@ class TestGiveBack:
             AttemptRecord(4, 3, "run-4", NOW + 5, None, None),
         ]
         assert list(planned.chunks.attempts("batch_1", 1)) == []
+
+
+class TestFinished:
+    def test_it_is_what_was_published_for_the_model_newest_batch_first(self, store: Store) -> None:
+        for number, (model, of_chunk) in enumerate((("a", None), ("b", None), (None, "a"), ("a", "a"))):
+            batch_id = f"batch_{number}"
+            batch = Batch(batch_id, "file-1", "/v1/x", "24h", BatchStatus.IN_PROGRESS, NOW, NOW + 1, model=model)
+            store.batches.add(batch)
+            store.chunks.plan(batch_id, [replace(planned, model=of_chunk) for planned in RANGES])
+            for index in (1, 0):
+                attempt = store.chunks.begin(batch_id, index, fresh=False, run_id="run", now=NOW)
+                if number != 3 or index == 0:
+                    store.chunks.publish(attempt, SUMMARY, NOW)
+
+        found = store.chunks.finished("a", 10)
+
+        places = [("batch_3", 0), ("batch_2", 0), ("batch_2", 1), ("batch_0", 0), ("batch_0", 1)]
+        assert [(chunk.batch_id, chunk.index) for chunk in found] == places
+        assert found[0].summary == SUMMARY
+        assert [chunk.batch_id for chunk in store.chunks.finished("a", 2)] == ["batch_3", "batch_2"]
+        assert store.chunks.finished("c", 10) == []

@@ -31,6 +31,17 @@ def test_an_open_batch_shows_the_sums_of_its_chunks(store: BatchStore) -> None:
         assert (batch.counts, batch.usage) == expected
 
 
+def test_lines_that_validation_refused_have_failed_from_the_start(store: BatchStore) -> None:
+    store.batches.add(a_batch())
+    plan(store, 10)
+    store.batches.advance("batch_1", BatchEvent.PLANNED, NOW, counts=RequestCounts(total=13), rejected=3)
+    assert store.batches.get("batch_1").counts == RequestCounts(13, 0, 3)
+    attempt = store.chunks.begin("batch_1", 0, fresh=False, run_id="run", now=NOW)
+    store.chunks.report(attempt, 5, 1, Usage())
+    assert [batch.counts for batch in store.batches.open()] == [RequestCounts(13, 5, 4)]
+    assert store.batches.get("batch_1").rejected == 3
+
+
 def test_an_open_batch_without_chunks_shows_what_is_stored(store: BatchStore) -> None:
     batch = replace(a_batch(), counts=RequestCounts(3, 2, 1))
     store.batches.add(batch)

@@ -120,8 +120,17 @@ def test_sqlite_waits_for_the_disk_and_checks_references(sqlite_url: str) -> Non
     [
         ("SELECT * FROM files ORDER BY created_at DESC, seq DESC LIMIT 3", "files_by_time"),
         ("SELECT * FROM files WHERE (created_at, seq) < (7, 7) ORDER BY created_at DESC, seq DESC", "files_by_time"),
-        ("SELECT * FROM files WHERE purpose = 'batch' ORDER BY created_at, seq LIMIT 3", "files_by_purpose"),
+        ("SELECT * FROM files WHERE project_id = 'a' ORDER BY created_at, seq LIMIT 3", "files_by_project"),
+        (
+            "SELECT * FROM files WHERE purpose = 'batch' AND project_id = 'a' ORDER BY created_at, seq LIMIT 3",
+            "files_by_purpose",
+        ),
         ("SELECT * FROM batches ORDER BY created_at DESC, seq DESC LIMIT 3", "batches_by_time"),
+        (
+            "SELECT * FROM batches WHERE (created_at, seq) < (7, 7) AND project_id = 'a' "
+            "ORDER BY created_at DESC, seq DESC LIMIT 3",
+            "batches_by_project",
+        ),
         (f"SELECT * FROM batches WHERE {NEEDS_ATTENTION} ORDER BY created_at, seq", "batches_needing_attention"),
         ("SELECT * FROM chunks WHERE batch_id = 'b' ORDER BY idx", "chunks"),
         ("SELECT * FROM events WHERE batch_id = 'b'", "events"),

@@ -166,11 +166,9 @@ def test_the_jobs(repository: dg.RepositoryDefinition) -> None:
         job = repository.get_job(name)
         assert {key.to_user_string() for key in job.asset_layer.executable_asset_keys} == assets
         assert job.executor_def.name == "in_process"
-    assert repository.get_job("infer_chunks").tags == {
-        "dagster/retry_on_asset_or_op_failure": "true",
-        "dagster/max_retries": "2",
-    }
-    assert not repository.get_job("finalize_batch").tags
+    retried = {"dagster/retry_on_asset_or_op_failure": "true", "dagster/max_retries": "2"}
+    assert repository.get_job("infer_chunks").tags == repository.get_job("finalize_batch").tags == retried
+    assert not repository.get_job("validate_batch").tags
 
 
 def test_the_sensors(repository: dg.RepositoryDefinition) -> None:
@@ -181,7 +179,18 @@ def test_the_sensors(repository: dg.RepositoryDefinition) -> None:
         targets = {target.job_name for target in sensor.targets}
         shown[sensor.name] = (sensor.minimum_interval_seconds, targets)
     assert shown == SENSORS
-    assert not repository.schedule_defs
+
+
+def test_the_schedule(repository: dg.RepositoryDefinition) -> None:
+    (schedule,) = repository.schedule_defs
+    assert (schedule.name, schedule.job_name, schedule.cron_schedule) == (
+        "retention_schedule",
+        "retention",
+        "17 * * * *",
+    )
+    assert schedule.default_status is dg.DefaultScheduleStatus.RUNNING
+    assert schedule.description
+    assert repository.get_job("retention").executor_def.name == "in_process"
 
 
 def test_it_loads_with_an_empty_environment(loaded: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ FOREIGN = {
     "HF_HUB_OFFLINE",
     "HF_TOKEN",
     "VLLM_CPU_KVCACHE_SPACE",
-    *("BATCH_ID", "FILE_ID", "SPARE_ID"),
+    *("BATCH_ID", "FILE_ID", "SPARE_ID", "UPLOAD_ID"),
     "O_EXCL",
 }
 # Files that exist only in an installation, a state folder or another project.
@@ -92,6 +92,7 @@ def test_every_make_target_is_documented() -> None:
 def test_the_subcommands_that_are_named_are_those_that_exist() -> None:
     callbacks = (command.callback for command in app.registered_commands if not command.hidden)
     commands = {callback.__name__ for callback in callbacks if callback is not None}
+    commands |= {str(group.name) for group in app.registered_groups}
     assert len(commands) > 5
     assert set(re.findall(r"\bvllm-batch ([a-z]+)", ALL_CODE)) == commands
 

@@ -27,11 +27,21 @@ def chat(number: int, model: str, **body: object) -> Line:
     )
 
 
-def submit(client: openai.OpenAI, lines: Iterable[Line] | bytes, endpoint: str = "/v1/chat/completions") -> Batch:
+def submit(
+    client: openai.OpenAI,
+    lines: Iterable[Line] | bytes,
+    endpoint: str = "/v1/chat/completions",
+    metadata: dict[str, str] | None = None,
+) -> Batch:
     """Upload `lines` and create a batch of them."""
     content = lines if isinstance(lines, bytes) else b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     file = client.files.create(file=("lines.jsonl", io.BytesIO(content)), purpose="batch")
-    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h")  # type: ignore[arg-type]
+    return client.batches.create(
+        input_file_id=file.id,
+        endpoint=endpoint,  # type: ignore[arg-type]
+        completion_window="24h",
+        metadata=metadata,
+    )
 
 
 def wait(client: openai.OpenAI, batch_id: str, until: Callable[[Batch], bool]) -> Batch:

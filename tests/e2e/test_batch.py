@@ -145,6 +145,23 @@ def test_every_endpoint_of_the_engine(client: openai.OpenAI) -> None:
         assert read(client, batch.output_file_id)[0]["response"]["body"][key], url
 
 
+def test_a_lenient_file_of_two_models_and_endpoints(client: openai.OpenAI) -> None:
+    """As Parasail's client sends rerank requests (contract G.2): to /v1/score, under the endpoint of its first line."""
+    rerank = {"model": EMBEDDINGS, "query": "Paris", "documents": ["a fruit", "the capital of France"], "top_n": 1}
+    lines = [
+        request("rerank", "/v1/score", **rerank),
+        chat(0, CHAT),
+        chat(0, "nobody/knows-it"),
+        request("embed", "/v1/embeddings", model=EMBEDDINGS, input="a cat"),
+    ]
+    batch = finish(client, submit(client, lines, metadata={"validation": "lenient"}).id)
+    assert (batch.status, batch.model) == ("completed", None)
+    answers, (refused,) = read(client, batch.output_file_id), read(client, batch.error_file_id)
+    assert ids(answers) == ["rerank", "line-0", "embed"]
+    assert [result["index"] for result in answers[0]["response"]["body"]["results"]] == [1]
+    assert (refused["custom_id"], refused["error"]["code"]) == ("invalid-line-3", "model_not_found")
+
+
 def test_a_killed_run_sends_only_the_missing_lines_again(
     real_stack: Stack, client: openai.OpenAI, ui: DagsterUi
 ) -> None:

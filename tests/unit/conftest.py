@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from vllm_batch_dagster.adapters.local_files import LocalFiles, LocalWorkspace
 from vllm_batch_dagster.adapters.memory import EchoEngine, Faults, FixedClock, MemoryCatalog, MemoryStore
 from vllm_batch_dagster.core.journal import JournalRecord, read_records
 from vllm_batch_dagster.core.models import Batch, File, Model, StopReason
+from vllm_batch_dagster.core.modes import ValidationMode
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineManager, EngineRequest, FileStore
 from vllm_batch_dagster.core.retry import RetryPolicy
 from vllm_batch_dagster.core.states import BatchStatus
@@ -103,6 +104,7 @@ class Rig:
         self.files: FileStore = LocalFiles(folder / "files")
         self.workspace = LocalWorkspace(folder / "batches", folder / "datasets")
         self._numbers = itertools.count(1)
+        self.default_mode = ValidationMode.STRICT
 
     def new_id(self) -> str:
         return f"file-{next(self._numbers)}"
@@ -115,16 +117,17 @@ class Rig:
         self.store.files.add(File(file_id, size, now, "in.jsonl", purpose, digest, expires_at))
         return file_id
 
-    def create(self, file_id: str) -> str:
+    def create(self, file_id: str, endpoint: str = CHAT, metadata: Mapping[str, str] | None = None) -> str:
         batch_id, now = f"batch_{next(self._numbers)}", int(self.clock())
-        self.store.batches.add(Batch(batch_id, file_id, CHAT, "24h", BatchStatus.VALIDATING, now, now + DAY))
+        batch = Batch(batch_id, file_id, endpoint, "24h", BatchStatus.VALIDATING, now, now + DAY, metadata)
+        self.store.batches.add(batch)
         return batch_id
 
     def batch(self, batch_id: str) -> Batch:
         return self.store.batches.get(batch_id)
 
     def validate(self, batch_id: str, chunk_size: int = 5, **limits: int) -> ValidationReport:
-        bounds = ValidationLimits(**{"chunk_size": chunk_size, "chunk_slots": 40} | limits)
+        bounds = ValidationLimits(**{"chunk_size": chunk_size, "chunk_slots": 40} | limits, mode=self.default_mode)
         ports = (self.store, self.files, self.workspace, self.catalog)
         return validate_batch(self.batch(batch_id), *ports, bounds, self.clock)
 
@@ -145,6 +148,7 @@ class Rig:
         only: Collection[int] | None = None,
         policy: InferencePolicy = FAST,
         done: list[ChunkDone] | None = None,
+        model: Model = TINY,
     ) -> StopReason | None:
         """Run the chunks without a result, or `only` those given; `done` collects what is published."""
         wanted = [
@@ -159,7 +163,7 @@ class Rig:
             ports,
             policy,
             self.batch(batch_id),
-            TINY,
+            model,
             wanted,
             fresh=frozenset(fresh),
             run_id="run",

@@ -129,7 +129,7 @@ def test_a_stream_that_breaks_leaves_nothing(door: Door) -> None:
 
 
 def test_a_record_that_cannot_be_kept_leaves_no_contents(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(file: File) -> None:
+    def refuse(file: File, **_: object) -> None:
         raise StorageFailure("read-only")
 
     monkeypatch.setattr(door.store.files, "add", refuse)

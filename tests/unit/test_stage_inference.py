@@ -8,7 +8,7 @@ import pytest
 from tests.unit.conftest import CHAT, FAST, Rig, WatchedEngine, answer_of, id_range, ids, line_of, request_lines, until
 from vllm_batch_dagster.adapters.memory import EchoEngine
 from vllm_batch_dagster.adapters.simulated.answers import FINGERPRINT
-from vllm_batch_dagster.core.lines import read_request
+from vllm_batch_dagster.core.lines import read_line
 from vllm_batch_dagster.core.models import Model, RequestCounts
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineRequest
 from vllm_batch_dagster.core.states import BatchStatus
@@ -192,7 +192,7 @@ async def test_a_file_without_a_last_newline_and_with_blank_lines(rig: Rig) -> N
 async def test_a_line_is_read_when_it_is_sent_and_not_before(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_id = rig.start(50, chunk_size=50)
     read: list[bytes] = []
-    monkeypatch.setattr(attempts, "read_request", lambda raw: read.append(raw) or read_request(raw))
+    monkeypatch.setattr(attempts, "read_line", lambda raw: read.append(raw) or read_line(raw))
     engine = WatchedEngine(holds=lambda _line: True, window=4)
     run = asyncio.create_task(rig.infer(batch_id, engine))
     await until(lambda: len(engine.in_flight) == 4)

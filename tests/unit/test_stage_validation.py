@@ -10,7 +10,7 @@ from vllm_batch_dagster.core.duplicates import DuplicateFilter
 from vllm_batch_dagster.core.lines import hash_custom_id
 from vllm_batch_dagster.core.models import ChunkRange, LineError
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
-from vllm_batch_dagster.stages import validation
+from vllm_batch_dagster.stages import input_lines, inspection
 from vllm_batch_dagster.stages.validation import ValidationLimits, validate_batch
 
 BODY = {"model": "tiny", "messages": []}
@@ -120,7 +120,7 @@ def test_ids_that_only_look_alike_to_the_filter_are_no_duplicates(rig: Rig) -> N
 
 
 def test_ids_with_the_same_hash_are_compared_themselves(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "hash_custom_id", lambda _custom_id: 7)
+    monkeypatch.setattr(inspection, "hash_custom_id", lambda _custom_id: 7)
     assert rig.validate(rig.create(rig.upload(request_lines(5)))).errors == ()
     assert failure(rig, request_lines(5) + request_line("id-1")) == [("duplicate_custom_id", "custom_id", 6)]
 
@@ -160,7 +160,7 @@ def test_line_ends_and_blank_lines_do_not_count(rig: Rig) -> None:
 
 def test_a_line_over_the_limit_is_one_error(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 200
-    monkeypatch.setattr(validation, "MAX_LINE_BYTES", limit)
+    monkeypatch.setattr(input_lines, "MAX_LINE_BYTES", limit)
     pad = request_line("b").strip()
     exact, over = pad + b" " * (limit - len(pad)), pad + b" " * (limit + 1 - len(pad))
     hidden = over + request_line("hidden").strip()  # a second request behind the first
@@ -174,7 +174,7 @@ def test_a_line_over_the_limit_is_one_error(rig: Rig, monkeypatch: pytest.Monkey
 
 
 def test_a_line_over_the_limit_at_the_end_of_the_file(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "MAX_LINE_BYTES", 200)
+    monkeypatch.setattr(input_lines, "MAX_LINE_BYTES", 200)
     assert failure(rig, request_line("a") + b"x" * 201) == [("line_too_long", None, 2)]
 
 

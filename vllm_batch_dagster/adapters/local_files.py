@@ -1,7 +1,8 @@
 """Contents of files and the working folder of a batch, on local disk. Called by the stages through their ports.
 
 files/<file id>                                        contents, published whole
-files/.tmp/<file id>.<random>                          contents that are still arriving
+files/.tmp/<id>.<random>                               contents that are still arriving
+files/.parts/<upload id>.<part id>                     a part of an upload; no file id has a dot
 batches/<batch>/index.bin                              byte index of the input
 batches/<batch>/journal/<chunk>/<epoch>.jsonl          answers of one attempt
 batches/<batch>/results/<chunk>.<epoch>.idx            the published result of an attempt
@@ -9,6 +10,7 @@ datasets/<name>/batch=<batch>/                         a data set, one folder pe
 """
 
 import hashlib
+import os
 import re
 import secrets
 from pathlib import Path
@@ -18,6 +20,7 @@ from vllm_batch_dagster.core.errors import InvalidInput, NotFound, StorageFailur
 from vllm_batch_dagster.core.ports import StoredFile
 from vllm_batch_dagster.stages.publication import Draft, make_folder, unwritable
 
+PUSH_BYTES = 8 << 20
 _ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 
@@ -27,33 +30,24 @@ class LocalFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @property
+    def parts(self) -> "LocalParts":
+        return LocalParts(self._folder)
+
     def create(self, file_id: str) -> StoredFile:
         """Raises InvalidInput for an id that is no file name, StorageFailure when the disk refuses."""
-        target = self._folder / check_id(file_id)
-        drafts = make_folder(self._folder / ".tmp")
-        return _ArrivingFile(target, drafts / f"{file_id}.{secrets.token_hex(8)}")
+        return _begin_file(self._folder / check_id(file_id), self._folder)
 
     def open(self, file_id: str) -> BinaryIO:
         """Raises NotFound, and StorageFailure when the file is there but cannot be read."""
         if not _ID.fullmatch(file_id):
             raise NotFound("file", file_id)
-        path = self._folder / file_id
-        try:
-            return path.open("rb")
-        except FileNotFoundError:
-            raise NotFound("file", file_id) from None
-        except OSError as error:
-            raise StorageFailure(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
+        return _open_file(self._folder / file_id, NotFound("file", file_id))
 
     def delete(self, file_id: str) -> None:
         """Harmless when absent. Raises StorageFailure when the file cannot be removed."""
-        if not _ID.fullmatch(file_id):
-            return
-        path = self._folder / file_id
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageFailure(f"{path} cannot be removed: {error.strerror}.") from error
+        if _ID.fullmatch(file_id):
+            _remove_file(self._folder / file_id)
 
     def sweep(self) -> int:
         """Remove what killed processes left half written, and return how many files. Nobody may be writing."""
@@ -61,6 +55,51 @@ class LocalFiles:
         for draft in drafts:
             draft.unlink(missing_ok=True)
         return len(drafts)
+
+
+class LocalParts:
+    """The parts of uploads, in a folder below the files. It stays when they go, so that none arrives nowhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files, self._folder = folder, folder / ".parts"
+
+    def create(self, upload_id: str, part_id: str) -> StoredFile:
+        """Raises InvalidInput for an id that is no file name, StorageFailure when the disk refuses."""
+        name = f"{check_id(upload_id)}.{check_id(part_id)}"
+        return _begin_file(make_folder(self._folder) / name, self._files)
+
+    def open(self, upload_id: str, part_id: str) -> BinaryIO:
+        """Raises NotFound, and StorageFailure when the part is there but cannot be read."""
+        if not (_ID.fullmatch(upload_id) and _ID.fullmatch(part_id)):
+            raise NotFound("part", part_id)
+        return _open_file(self._folder / f"{upload_id}.{part_id}", NotFound("part", part_id))
+
+    def delete(self, upload_id: str) -> None:
+        """Harmless when there are none. Raises StorageFailure when one cannot be removed."""
+        if _ID.fullmatch(upload_id):
+            for path in self._folder.glob(f"{upload_id}.*"):
+                _remove_file(path)
+
+
+def _begin_file(target: Path, files: Path) -> "_ArrivingFile":
+    drafts = make_folder(files / ".tmp")
+    return _ArrivingFile(target, drafts / f"{target.name}.{secrets.token_hex(8)}")
+
+
+def _open_file(path: Path, missing: NotFound) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise missing from None
+    except OSError as error:
+        raise StorageFailure(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
+
+
+def _remove_file(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageFailure(f"{path} cannot be removed: {error.strerror}.") from error
 
 
 class _ArrivingFile:
@@ -71,6 +110,7 @@ class _ArrivingFile:
         self._draft = Draft(target, temporary)
         self._hash = hashlib.sha256()
         self._size = 0
+        self._pushed = 0
 
     def write(self, data: bytes) -> None:
         """Raises StorageFailure; the file can then only be discarded."""
@@ -81,6 +121,8 @@ class _ArrivingFile:
             raise unwritable(self._target, error) from error
         self._hash.update(data)
         self._size += len(data)
+        if self._size - self._pushed >= PUSH_BYTES:
+            self._push()
 
     def commit(self) -> tuple[int, str]:
         """Return (bytes, sha256 hex). Raises StorageFailure."""
@@ -89,6 +131,13 @@ class _ArrivingFile:
 
     def discard(self) -> None:
         self._draft.discard()
+
+    def _push(self) -> None:
+        """Let the disk begin with what came by now, so that `commit` has little left to wait for."""
+        if hasattr(os, "posix_fadvise"):  # Linux: "not needed" writes what is dirty, and drops only what is clean
+            length = self._size - self._pushed
+            os.posix_fadvise(self._draft.file.fileno(), self._pushed, length, os.POSIX_FADV_DONTNEED)
+        self._pushed = self._size
 
 
 class LocalWorkspace:

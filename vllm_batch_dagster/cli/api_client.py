@@ -10,7 +10,7 @@ from openai.types import Batch
 from vllm_batch_dagster.core.errors import BatchError, InvalidInput, StorageFailure
 from vllm_batch_dagster.settings import Settings
 
-# The client insists on one; this API does not look at it.
+# The client insists on one; without keys of its own the API does not look at it.
 NO_KEY = "none"
 
 TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
@@ -22,7 +22,7 @@ def open_client(settings: Settings) -> Iterator[openai.OpenAI]:
     url = settings.api_url
     # Proxies of the environment are not meant for our own machine.
     transport = openai.DefaultHttpx2Client(trust_env=False)
-    key = os.environ.get("OPENAI_API_KEY", NO_KEY)
+    key = settings.vllm_batch_api_key.get_secret_value() or os.environ.get("OPENAI_API_KEY") or NO_KEY
     with openai.OpenAI(base_url=f"{url}/v1", api_key=key, http_client=transport) as client:
         try:
             yield client
@@ -32,6 +32,8 @@ def open_client(settings: Settings) -> Iterator[openai.OpenAI]:
 
 def explain(error: openai.OpenAIError, url: str) -> BatchError:
     """Return one of our errors with a sentence that says what to do."""
+    if isinstance(error, openai.AuthenticationError):
+        return InvalidInput("the API asks for a key: set VLLM_BATCH_API_KEY to one of `vllm-batch keys create`")
     if isinstance(error, openai.APIStatusError):
         body = error.body if isinstance(error.body, dict) else {}
         return InvalidInput(f"the API refuses ({error.status_code}): {body.get('message') or error.message}")

@@ -1,5 +1,6 @@
 """`vllm-batch submit|watch|download|cancel`: a batch from the terminal, through the same API as everybody else."""
 
+import secrets
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -30,23 +31,26 @@ def submit(
     """Upload FILE and create a batch of it; prints the batch id."""
     pairs = parse_metadata(metadata or [])
     with open_client(load_settings()) as client:
-        uploaded = client.files.create(file=file, purpose="batch")
+        # The client sends a call again when it gets no answer: the key keeps that from making two of anything.
+        once = {"Idempotency-Key": secrets.token_hex(16)}
+        uploaded = client.files.create(file=file, purpose="batch", extra_headers=once)
         batch = client.batches.create(
             input_file_id=uploaded.id,
             # The client's types list OpenAI's own endpoints and window; the server decides.
             endpoint=cast(Any, endpoint),
             completion_window=cast(Any, window),
             metadata=pairs or openai.omit,
+            extra_headers=once,
         )
         typer.echo(batch.id)
         if watch:
-            raise typer.Exit(_watch(client, batch.id))
+            raise typer.Exit(watch_batch(client, batch.id))
 
 
 def watch(batch: BatchArgument) -> None:
     """Show the progress of a batch until it is finished. Exit code 0 when it completed, else 1."""
     with open_client(load_settings()) as client:
-        raise typer.Exit(_watch(client, batch))
+        raise typer.Exit(watch_batch(client, batch))
 
 
 def download(
@@ -91,7 +95,8 @@ def fetch_file(client: openai.OpenAI, file_id: str, target: Path) -> Path:
     return partial.replace(target)
 
 
-def _watch(client: openai.OpenAI, batch_id: str) -> int:
+def watch_batch(client: openai.OpenAI, batch_id: str) -> int:
+    """Show the progress of a batch until it is finished. Returns the exit code."""
     try:
         batch = follow_batch(client, batch_id)
     except KeyboardInterrupt:

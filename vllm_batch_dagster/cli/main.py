@@ -10,9 +10,13 @@ from vllm_batch_dagster.cli.config import config
 from vllm_batch_dagster.cli.console import fail
 from vllm_batch_dagster.cli.doctor import doctor
 from vllm_batch_dagster.cli.down import down
+from vllm_batch_dagster.cli.gc import gc
 from vllm_batch_dagster.cli.init import init
+from vllm_batch_dagster.cli.keys import app as keys
+from vllm_batch_dagster.cli.retry import retry
 from vllm_batch_dagster.cli.status import status
 from vllm_batch_dagster.cli.up import up
+from vllm_batch_dagster.cli.validate import validate
 from vllm_batch_dagster.core.errors import BatchError
 
 app = typer.Typer(
@@ -21,8 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (up, down, status, doctor, config, init, submit, watch, download, cancel):
+for command in (up, down, status, doctor, config, init, validate, submit, watch, download, cancel, retry, gc):
     app.command()(command)
+app.add_typer(keys, name="keys")
 
 
 def run() -> None:

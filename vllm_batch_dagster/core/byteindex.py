@@ -3,13 +3,14 @@
     header  magic (8 bytes) | lines (u64)
     entry   offset (u64) | length (u32) | hash of custom_id (u64) | estimated tokens (u32)
 
-Little-endian, 24 bytes an entry: a million lines take 24 MB on disk, and a chunk seeks to its own part.
+Little-endian, 24 bytes an entry: a million lines take 24 MB on disk, and a chunk seeks to its own part. Entries are in
+input order; those of a file with several models (lenient mode) are grouped by model, in input order within a group,
+and what lenient mode refused stands behind the entries (core/rejections.py).
 """
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from vllm_batch_dagster.core.errors import StorageFailure
 
@@ -19,8 +20,7 @@ _ENTRY = struct.Struct("<QIQI")
 _BYTES_PER_TOKEN = 4  # a rule of thumb for English; only for planning
 
 
-@dataclass(frozen=True, slots=True)
-class IndexEntry:
+class IndexEntry(NamedTuple):
     """`offset` and `length` in bytes within the input file, without the line's newline."""
 
     offset: int
@@ -34,7 +34,7 @@ def pack_header(lines: int) -> bytes:
 
 
 def pack_entry(entry: IndexEntry) -> bytes:
-    return _ENTRY.pack(entry.offset, entry.length, entry.id_hash, entry.tokens)
+    return _ENTRY.pack(*entry)
 
 
 def estimate_tokens(body: bytes) -> int:
@@ -51,6 +51,11 @@ def read_count(index: BinaryIO) -> int:
     return int(_HEADER.unpack(header)[1])
 
 
+def entries_end(index: BinaryIO) -> int:
+    """Return the offset behind the last entry. Raises StorageFailure when `index` is not a byte index."""
+    return _HEADER.size + read_count(index) * _ENTRY.size
+
+
 def read_entries(index: BinaryIO, first: int, count: int) -> Iterator[IndexEntry]:
     """Yield the entries of lines `first` .. `first + count`, reading a few hundred at a time."""
     index.seek(_HEADER.size + first * _ENTRY.size)
@@ -60,8 +65,7 @@ def read_entries(index: BinaryIO, first: int, count: int) -> Iterator[IndexEntry
         block = index.read(step * _ENTRY.size)
         if len(block) < step * _ENTRY.size:
             raise StorageFailure("the byte index of the input file is cut short; materialize validated_input again")
-        for values in _ENTRY.iter_unpack(block):
-            yield IndexEntry(*values)
+        yield from map(IndexEntry._make, _ENTRY.iter_unpack(block))
         left -= step
 
 

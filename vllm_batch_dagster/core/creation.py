@@ -11,11 +11,13 @@ from vllm_batch_dagster.core.errors import InvalidInput
 from vllm_batch_dagster.core.models import (
     DAY_SECONDS,
     DEFAULT_FILE_LIFETIME_SECONDS,
+    DEFAULT_PROJECT,
     ENDPOINTS,
     UPLOAD_PURPOSES,
     Batch,
 )
 from vllm_batch_dagster.core.states import BatchStatus
+from vllm_batch_dagster.core.windows import WindowRule, describe_windows, window_seconds
 
 Randomness = Callable[[int], bytes]
 
@@ -29,7 +31,6 @@ MAX_INPUT_FILE_ID = 512
 MAX_FILENAME = 255
 UNNAMED_FILE = "upload"  # what the openai client calls raw bytes (contract A.1)
 
-_WINDOWS = {"24h": DAY_SECONDS}
 _TYPE_WORDS: tuple[tuple[type, str], ...] = (
     (bool, "a boolean"),
     (int, "an integer"),
@@ -47,6 +48,7 @@ class FileFacts:
     filename: str
     purpose: str
     expires_after: int | None = None
+    project_id: str = DEFAULT_PROJECT
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def new_batch_id(randomness: Randomness) -> str:
     return f"batch_{randomness(ID_BYTES).hex()}"
 
 
-def read_batch_params(params: Mapping[str, object]) -> BatchParams:
+def read_batch_params(params: Mapping[str, object], windows: WindowRule = WindowRule.OPENAI) -> BatchParams:
     """Check the parameters of POST /v1/batches. Parameters that OpenAI does not know are ignored.
 
     Raises InvalidInput for the first one that is missing or wrong.
@@ -83,13 +85,13 @@ def read_batch_params(params: Mapping[str, object]) -> BatchParams:
         input_file_id=input_file_id,
         endpoint=endpoint,
         completion_window=completion_window,
-        window=read_window(completion_window),
+        window=read_window(completion_window, windows),
         metadata=read_metadata(params.get("metadata")),
         output_expires_after=read_expiry(params.get("output_expires_after"), "output_expires_after"),
     )
 
 
-def make_batch(params: BatchParams, batch_id: str, created_at: int) -> Batch:
+def make_batch(params: BatchParams, batch_id: str, created_at: int, project_id: str = DEFAULT_PROJECT) -> Batch:
     """Return the new batch. Its deadline is set at once (contract C.2 leaves that open)."""
     return Batch(
         id=batch_id,
@@ -101,15 +103,20 @@ def make_batch(params: BatchParams, batch_id: str, created_at: int) -> Batch:
         expires_at=created_at + params.window,
         metadata=params.metadata,
         output_expires_after=params.output_expires_after,
+        project_id=project_id,
     )
 
 
-def read_window(text: str) -> int:
+def read_window(text: str, rule: WindowRule = WindowRule.OPENAI) -> int:
     """Return the seconds of a `completion_window`. Raises InvalidInput."""
-    try:
-        return _WINDOWS[text]
-    except KeyError:
-        raise unsupported_value("completion_window", text, tuple(_WINDOWS)) from None
+    seconds = window_seconds(text, rule)
+    if seconds is None:
+        raise InvalidInput(
+            f"Invalid value: '{text[:100]}'. Supported values are: {describe_windows(rule)}.",
+            param="completion_window",
+            code="invalid_value",
+        )
+    return seconds
 
 
 def read_purpose(value: str | None) -> str:

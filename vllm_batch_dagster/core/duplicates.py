@@ -5,7 +5,7 @@ index (hashes) and, for those that really collide, by the ids themselves. 16 bit
 16 x 2 lines at worst; the table never takes more than 32 MiB.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 _MIN_BITS = 1 << 16
 _MAX_BITS = 1 << 28
@@ -32,11 +32,11 @@ class DuplicateFilter:
             self._table[byte] |= flag
 
 
-def repeated_lines(hashes: Iterable[int], suspects: set[int]) -> Iterator[int]:
-    """Yield the 0-based positions in `hashes` that repeat an earlier one of the `suspects`."""
+def repeated_hashes(hashes: Iterable[int], suspects: set[int]) -> set[int]:
+    """Return those of the `suspects` that stand more than once in `hashes`."""
     seen: set[int] = set()
-    for position, id_hash in enumerate(hashes):
+    repeated: set[int] = set()
+    for id_hash in hashes:
         if id_hash in suspects:
-            if id_hash in seen:
-                yield position
-            seen.add(id_hash)
+            (repeated if id_hash in seen else seen).add(id_hash)
+    return repeated

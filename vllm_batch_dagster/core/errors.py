@@ -4,6 +4,7 @@ BatchError
 ├── InvalidInput            the caller sent something wrong: says which field and how to mend it
 ├── NotFound                no such file, batch or chunk
 ├── StateConflict           the object is in a state that does not allow the call
+│   ├── ClaimConflict       its Idempotency-Key came with another body before
 │   └── StaleAttempt        a newer attempt owns the chunk: this one must stop without publishing
 ├── StorageFailure          bytes could not be stored or read back
 │   ├── CorruptJournal      the record of a published answer fails its checksum
@@ -30,7 +31,7 @@ class InvalidInput(BatchError):
 
 
 class NotFound(BatchError):
-    """No such object. `kind` is the API's word for it: file, batch, chunk."""
+    """No such object. `kind` is the API's word for it: file, batch, chunk, key."""
 
     def __init__(self, kind: str, object_id: str) -> None:
         super().__init__(f"no {kind} with id {object_id}")
@@ -40,6 +41,16 @@ class NotFound(BatchError):
 
 class StateConflict(BatchError):
     """The object is in a state that does not allow this call; nothing was changed."""
+
+
+class ClaimConflict(StateConflict):
+    """An Idempotency-Key was used for a call with another body; that call's object stands, this call made nothing."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"The Idempotency-Key '{key}' was used within the last 24 hours for a request with another body. "
+            "Send the same body again, or a new key."
+        )
 
 
 class StaleAttempt(StateConflict):

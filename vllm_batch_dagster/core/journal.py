@@ -22,7 +22,7 @@ MAX_PAYLOAD_BYTES = 1 << 30
 
 
 class JournalRecord(msgspec.Struct, frozen=True):
-    """A final answer. `line` is 0-based in the batch; `seconds` from dispatch to the last byte; `tries` sends."""
+    """A final answer. `line` is 0-based in the byte index; `seconds` from dispatch to the last byte; `tries` sends."""
 
     line: int
     custom_id: str
@@ -42,6 +42,11 @@ class PlacedRecord:
     length: int
     record: JournalRecord
 
+    @property
+    def end(self) -> int:
+        """Return the offset behind the record, where the next one begins."""
+        return self.offset + self.length + 1
+
 
 _decoder = msgspec.json.Decoder(JournalRecord)
 
@@ -59,9 +64,10 @@ def decode_payload(payload: bytes) -> JournalRecord:
         raise CorruptJournal(f"a journal record cannot be read: {error}") from error
 
 
-def read_records(journal: BinaryIO) -> Iterator[PlacedRecord]:
-    """Yield the intact records from the start, passing over what is damaged. `journal` is seekable."""
-    offset = 0
+def read_records(journal: BinaryIO, start: int = 0) -> Iterator[PlacedRecord]:
+    """Yield the intact records from byte `start` (the end of a record), passing over what is damaged. `journal` is
+    seekable."""
+    offset = start
     while True:
         payload = read_payload(journal, offset)
         if payload is not None:

@@ -11,6 +11,7 @@ import msgspec
 from vllm_batch_dagster.core.journal import JournalRecord
 from vllm_batch_dagster.core.lines import hash_custom_id
 from vllm_batch_dagster.core.models import StopReason
+from vllm_batch_dagster.core.rejections import Rejection
 
 ENGINE_FAILURE = "engine_failure"
 
@@ -28,8 +29,9 @@ class _Named(msgspec.Struct):
 _named = msgspec.json.Decoder(_Named)
 
 
-def request_line_id(batch_id: str, line: int) -> str:
-    """Return the id of a line of the output: the same on every merge of the same batch."""
+def request_line_id(batch_id: str, line: int | str) -> str:
+    """Return the id of a line of the output: the same on every merge of the same batch. `line` is 0-based in the byte
+    index, or a name for a line that is not there."""
     return "batch_req_" + hashlib.blake2b(f"{batch_id}:{line}".encode(), digest_size=12).hexdigest()
 
 
@@ -46,11 +48,26 @@ def render_answer(batch_id: str, record: JournalRecord) -> bytes:
 
 def render_unanswered(batch_id: str, line: int, custom_id: str, code: str) -> bytes:
     """Return the error line for a request without an answer; `code` says why (contract D.3)."""
+    message = _MESSAGES.get(code, "This request was not executed.")
+    return _render_error(request_line_id(batch_id, line), custom_id, code, message)
+
+
+def render_rejection(batch_id: str, rejection: Rejection) -> bytes:
+    """Return the error line for a line that lenient validation refused."""
+    return _render_error(
+        request_line_id(batch_id, f"refused:{rejection.line}"),
+        rejection.custom_id,
+        rejection.code,
+        rejection.message,
+    )
+
+
+def _render_error(line_id: str, custom_id: str, code: str, message: str) -> bytes:
     row = {
-        "id": request_line_id(batch_id, line),
+        "id": line_id,
         "custom_id": custom_id,
         "response": None,
-        "error": {"code": code, "message": _MESSAGES.get(code, "This request was not executed.")},
+        "error": {"code": code, "message": message},
     }
     return msgspec.json.encode(row) + b"\n"
 

@@ -27,6 +27,7 @@ ENDPOINTS = (
 )
 
 DAY_SECONDS = 86_400
+DEFAULT_PROJECT = "default"  # owns what is made without a key: on loopback, by the drop folder
 DEFAULT_FILE_LIFETIME_SECONDS = 30 * DAY_SECONDS  # purpose=batch and batch output (contract A.1, D.3)
 
 
@@ -41,6 +42,7 @@ class File:
     purpose: str
     sha256: str
     expires_at: int | None = None
+    project_id: str = DEFAULT_PROJECT
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,8 @@ class LineError:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One batch. `result_version` counts published chunk results, `merged_version` the one last merged:
-    when they differ, the output file is older than the chunks (a chunk was run again)."""
+    when they differ, the output file is older than the chunks (a chunk was run again). `model` is None until validation
+    is done, and for a file with several. `rejected` lines did not pass lenient validation: they are in no chunk."""
 
     id: str
     input_file_id: str
@@ -116,6 +119,9 @@ class Batch:
     cancelled_at: int | None = None
     result_version: int = 0
     merged_version: int = 0
+    rejected: int = 0
+    project_id: str = DEFAULT_PROJECT
+    purged_at: int | None = None  # when its chunks, journals and Dagster runs went
 
     @property
     def is_terminal(self) -> bool:
@@ -145,13 +151,15 @@ def stop_reason(batch: Batch, now: float) -> StopReason | None:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRange:
-    """A contiguous byte range of the input file: lines `first_line` .. `first_line + line_count` (0-based)."""
+    """Lines `first_line` .. `first_line + line_count` (0-based) of the byte index, all for `model`. `offset` and
+    `length` span them in the input file; the lines of other models and rejected ones may lie between."""
 
     index: int
     first_line: int
     line_count: int
     offset: int
     length: int
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

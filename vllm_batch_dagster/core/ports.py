@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from vllm_batch_dagster.core.claims import Claim, ClaimKey
+from vllm_batch_dagster.core.keys import Key
 from vllm_batch_dagster.core.models import (
     Attempt,
     Batch,
@@ -20,17 +22,21 @@ from vllm_batch_dagster.core.models import (
     Page,
     Usage,
 )
+from vllm_batch_dagster.core.retention_ports import RetentionRecords
 from vllm_batch_dagster.core.states import BatchEvent
+from vllm_batch_dagster.core.upload_ports import PartStore, UploadRecords
 
 
 class FileRecords(Protocol):
     """The file table of the batch store."""
 
-    def add(self, file: File) -> None:
-        """Store the record durably before returning."""
+    def add(self, file: File, *, claim: Claim | None = None) -> str:
+        """Store the record durably before returning, with its `claim` in one transaction. Returns its id, or the id
+        of the file that the same claim made before: then nothing is stored. Raises ClaimConflict."""
 
-    def get(self, file_id: str) -> File:
-        """Raises NotFound("file", id), also for a deleted file."""
+    def get(self, file_id: str, *, project_id: str | None = None) -> File:
+        """Raises NotFound("file", id), also for a deleted file, and for one of another project than `project_id`
+        (None: all projects)."""
 
     def list(
         self,
@@ -39,25 +45,32 @@ class FileRecords(Protocol):
         after: str | None = None,
         limit: int = 10_000,
         order: str = "desc",
+        project_id: str | None = None,
     ) -> Page[File]:
-        """Ordered by (created_at, insertion), `order` asc or desc. `after` is exclusive. Unknown `after`: NotFound."""
+        """Ordered by (created_at, insertion), `order` asc or desc. `after` is exclusive. Unknown `after`: NotFound.
+        With `project_id`, what other projects have is unknown, `after` included."""
 
     def delete(self, file_id: str) -> None:
-        """Raises NotFound."""
+        """Also gives its claim free. Raises NotFound."""
+
+    def stored_bytes(self, project_id: str, now: float) -> int:
+        """Sum over the project's files that have not expired at `now`."""
 
 
 class BatchRecords(Protocol):
     """The batch table: every status change is a compare-and-set with its outbox event in one transaction."""
 
-    def add(self, batch: Batch) -> None:
-        """Store a new batch durably."""
+    def add(self, batch: Batch, *, claim: Claim | None = None) -> str:
+        """Store a new batch durably, with its `claim` in one transaction. Returns its id, or the id of the batch
+        that the same claim made before: then nothing is stored. Raises ClaimConflict."""
 
-    def get(self, batch_id: str) -> Batch:
-        """Raises NotFound. `counts` (but for the total) and `usage` of an open batch that has chunks are the sums of
-        what its chunks mirror."""
+    def get(self, batch_id: str, *, project_id: str | None = None) -> Batch:
+        """Raises NotFound, also for a batch of another project than `project_id` (None: all projects). `counts`
+        (but for the total) and `usage` of an open batch that has chunks are the sums of what its chunks mirror."""
 
-    def list(self, *, after: str | None = None, limit: int = 20) -> Page[Batch]:
-        """Newest first. `after` is exclusive. Unknown `after`: NotFound."""
+    def list(self, *, after: str | None = None, limit: int = 20, project_id: str | None = None) -> Page[Batch]:
+        """Newest first. `after` is exclusive. Unknown `after`: NotFound. With `project_id`, what other projects have
+        is unknown, `after` included."""
 
     def open(self) -> Sequence[Batch]:
         """Batches that need attention: not terminal, or with results newer than their merge. Oldest first."""
@@ -86,6 +99,9 @@ class ChunkRecords(Protocol):
     def get(self, batch_id: str, index: int) -> Chunk:
         """Raises NotFound."""
 
+    def finished(self, model: str, limit: int) -> Sequence[Chunk]:
+        """The published chunks of the newest batches of `model`, at most `limit`: what an estimate learns from."""
+
     def begin(self, batch_id: str, index: int, *, fresh: bool, run_id: str, now: int) -> Attempt:
         """Take the next epoch. `fresh` forgets earlier journals (base_epoch = epoch, engine_failures = 0)."""
 
@@ -99,6 +115,31 @@ class ChunkRecords(Protocol):
     def give_back(self, attempt: Attempt, outcome: str, now: int) -> None:
         """Record how an attempt ended without publishing: engine_failure, stopped, error. engine_failure raises
         `engine_failures` by one. A stale attempt is only recorded."""
+
+
+class KeyRecords(Protocol):
+    """The bearer keys."""
+
+    def add(self, key: Key) -> None: ...
+
+    def list(self) -> Sequence[Key]:
+        """All, revoked ones too, oldest first."""
+
+    def revoke(self, key_id: str, now: int) -> Key:
+        """One that is revoked already stays as it is. Raises NotFound("key", id)."""
+
+    def touch(self, key_id: str, now: int) -> None:
+        """Note that the key was used. Harmless for an unknown id."""
+
+
+class IdempotencyRecords(Protocol):
+    """Claims of the last 24 hours. FileRecords.add and BatchRecords.add write them."""
+
+    def find(self, claim: Claim, now: float) -> str | None:
+        """Return the id of the object that the claim made, None when it is free. Raises ClaimConflict."""
+
+    def is_known(self, key: ClaimKey, now: float) -> bool:
+        """True when a claim with this key has made an object, whatever its body was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +161,14 @@ class BatchStore(Protocol):
     def batches(self) -> BatchRecords: ...
     @property
     def chunks(self) -> ChunkRecords: ...
+    @property
+    def uploads(self) -> UploadRecords: ...
+    @property
+    def keys(self) -> KeyRecords: ...
+    @property
+    def idempotency(self) -> IdempotencyRecords: ...
+    @property
+    def retention(self) -> RetentionRecords: ...
 
     def events(self, batch_id: str) -> Sequence[OutboxEvent]:
         """Outbox events of a batch, oldest first."""
@@ -139,6 +188,10 @@ class StoredFile(Protocol):
 
 class FileStore(Protocol):
     """Contents of files by id, on local disk (S3 later)."""
+
+    @property
+    def parts(self) -> PartStore:
+        """Where the parts of uploads are until they make a file."""
 
     def create(self, file_id: str) -> StoredFile: ...
 

@@ -5,6 +5,7 @@ by the sensors.
 """
 
 from collections.abc import Iterator
+from itertools import groupby
 
 import dagster as dg
 
@@ -25,6 +26,7 @@ from vllm_batch_dagster.defs.metadata import (
     describe_validation,
 )
 from vllm_batch_dagster.defs.partitions import batches, cell_key, chunk_cells, split_cell
+from vllm_batch_dagster.defs.preflight import describe_preflight
 from vllm_batch_dagster.defs.services import Services
 from vllm_batch_dagster.stages.inference import ChunkDone, RangeInference
 from vllm_batch_dagster.stages.merging import MergeReport, merge_batch
@@ -50,7 +52,8 @@ def validated_input(slots: int) -> dg.AssetsDefinition:
     )
     def check_input(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> Iterator[object]:
         """Start here: every line of the input file checked, its byte index written, its chunks planned. A batch with
-        a bad line ends here as failed, `errors` lists each bad line, and no engine is touched."""
+        a bad line ends here as failed, `errors` lists each bad line, and no engine is touched; in lenient mode bad
+        lines are set aside for the error file."""
         batch = services.store.batches.get(context.partition_key)
         report = validate_batch(
             batch,
@@ -65,9 +68,10 @@ def validated_input(slots: int) -> dg.AssetsDefinition:
             _warm_engine(context, services, batch)
             # As planned, which is not as this very pass would plan it: CHUNK_SIZE may have changed since.
             _fill_unused_slots(context.instance, batch.id, len(services.store.chunks.list(batch.id)), slots)
-        yield dg.MaterializeResult(
-            metadata=describe_validation(report, batch, services), check_results=[checks.lines_valid(report)]
-        )
+        shown = dict(describe_validation(report, batch, services))
+        if not report.errors:
+            shown |= describe_preflight(batch, services)
+        yield dg.MaterializeResult(metadata=shown, check_results=[checks.lines_valid(report)])
 
     return check_input
 
@@ -76,7 +80,8 @@ def _warm_engine(context: dg.AssetExecutionContext, services: Services, batch: B
     """Let the engine start while the run for the chunks is asked for and started: it is the longest wait of all."""
     planned = services.store.batches.get(batch.id)
     if batch.status is BatchStatus.VALIDATING and planned.status is BatchStatus.IN_PROGRESS:
-        services.engines.warm(services.model_of(planned), context.log.info)
+        first = services.store.chunks.get(batch.id, 0)
+        services.engines.warm(services.model_of(planned, first), context.log.info)
 
 
 def _fill_unused_slots(instance: dg.DagsterInstance, batch_id: str, used: int, slots: int) -> None:
@@ -142,8 +147,10 @@ def _infer_batch(
             yield from _show(context, services, batch, ChunkDone(chunk.index, chunk.published_epoch, chunk.summary))
     to_run = [chunk for chunk in chunks if plans[chunk.index] in (AttemptPlan.RESUME, AttemptPlan.REPEAT)]
     fresh = frozenset(index for index, plan in plans.items() if plan is AttemptPlan.REPEAT)
-    if to_run and not stop_reason(batch, services.clock()):
-        yield from _run_chunks(context, services, batch, to_run, fresh)
+    # The chunks of a model are neighbours: the engine is swapped once for each model of a file with several.
+    for _model, neighbours in groupby(to_run, key=lambda chunk: chunk.range.model):
+        if not stop_reason(services.store.batches.get(batch_id), services.clock()):
+            yield from _run_chunks(context, services, batch, list(neighbours), fresh)
 
 
 def _plan(context: dg.AssetExecutionContext, chunk: Chunk) -> AttemptPlan:
@@ -158,7 +165,7 @@ def _run_chunks(
     chunks: list[Chunk],
     fresh: frozenset[int],
 ) -> Iterator[object]:
-    model = services.model_of(batch)
+    model = services.model_of(batch, chunks[0])
     background = BackgroundInference(
         lambda on_done, report: RangeInference(
             services.inference_ports,

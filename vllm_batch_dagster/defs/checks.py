@@ -48,11 +48,16 @@ def chunk_check_specs(cells: dg.PartitionsDefinition) -> list[dg.AssetCheckSpec]
 
 
 def lines_valid(report: ValidationReport) -> dg.AssetCheckResult:
-    first = report.errors[0].message if report.errors else ""
+    """Return the check of an input: bad lines beside which the others run (lenient mode) are a warning only."""
+    errors = report.errors or report.rejections
     return dg.AssetCheckResult(
         check_name=LINES_VALID.name,
-        passed=not report.errors,
-        metadata={"invalid_lines": len(report.errors), "first_error": first},
+        passed=not errors,
+        severity=dg.AssetCheckSeverity.WARN if report.rejected else dg.AssetCheckSeverity.ERROR,
+        metadata={
+            "invalid_lines": report.rejected or len(errors),
+            "first_error": errors[0].message if errors else "",
+        },
     )
 
 

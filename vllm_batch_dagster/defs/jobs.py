@@ -11,15 +11,16 @@ JOB_OF = {Step.VALIDATE: "validate_batch", Step.INFER: "infer_chunks", Step.FINA
 # What define_asset_job returns has no public name.
 AssetJob: TypeAlias = Any
 
-# A chunk whose engine failed is retried by Dagster; what the journals hold is not sent again.
-_RETRY_FAILED_CHUNKS = {"dagster/retry_on_asset_or_op_failure": "true", "dagster/max_retries": "2"}
+# A chunk whose engine failed is retried by Dagster; what the journals hold is not sent again. So are the steps behind
+# a merge: the batch has ended by then, and the sensor looks only at what is open. Only the failed step runs again.
+_RETRY_FAILURES = {"dagster/retry_on_asset_or_op_failure": "true", "dagster/max_retries": "2"}
 
 
 def build_jobs() -> list[AssetJob]:
     return [
         _job(Step.VALIDATE, ["validated_input"]),
-        _job(Step.INFER, ["chunk_results"], _RETRY_FAILED_CHUNKS),
-        _job(Step.FINALIZE, ["merged_output", "deliveries", "curated_export"]),
+        _job(Step.INFER, ["chunk_results"], _RETRY_FAILURES),
+        _job(Step.FINALIZE, ["merged_output", "deliveries", "curated_export"], _RETRY_FAILURES),
     ]
 
 

@@ -35,12 +35,13 @@ def describe_validation(report: ValidationReport, batch: Batch, services: Servic
     """Return the metadata of `validated_input`."""
     shown: dict[str, Any] = {
         "requests": report.lines,
-        "invalid_lines": len(report.errors),
+        "invalid_lines": report.rejected or len(report.errors),
         "chunks": len(report.chunks),
         "bytes": report.bytes,
         "estimated_tokens_in": report.tokens,
         "endpoint": batch.endpoint,
         **({"model": report.model} if report.model else {}),
+        **({"models": _digest("model", dict(report.groups))} if len(report.groups) > 1 else {}),
         "created_at": dg.MetadataValue.timestamp(float(batch.created_at)),
         "expires_at": dg.MetadataValue.timestamp(float(batch.expires_at)),
         "batch": _batch_link(batch.id, services),
@@ -50,9 +51,9 @@ def describe_validation(report: ValidationReport, batch: Batch, services: Servic
         shown["chunk_results"] = _chunk_links(batch.id, [chunk.index for chunk in report.chunks])
         shown["merged_output"] = _asset_link("merged_output", batch.id)
     if report.lengths:
-        shown["request_lengths"] = _chart("Estimated tokens per request", report.lengths)
-    if report.errors:
-        shown["errors"] = _error_table(report.errors[:_ERRORS_SHOWN])
+        shown["request_lengths"] = draw_chart("Estimated tokens per request", report.lengths)
+    if errors := report.errors or report.rejections:
+        shown["errors"] = _error_table(errors[:_ERRORS_SHOWN])
     return shown
 
 
@@ -75,9 +76,9 @@ def describe_chunk(done: ChunkDone, batch: Batch, services: Services, samples: I
     if summary.finish_reasons:
         shown["finish_reasons"] = _digest("finish reason", summary.finish_reasons)
     if summary.input_lengths:
-        shown["input_lengths"] = _chart("Input tokens per request", summary.input_lengths)
+        shown["input_lengths"] = draw_chart("Input tokens per request", summary.input_lengths)
     if summary.output_lengths:
-        shown["output_lengths"] = _chart("Output tokens per request", summary.output_lengths)
+        shown["output_lengths"] = draw_chart("Output tokens per request", summary.output_lengths)
     if rows := [_sample(line) for line in samples]:
         shown["samples"] = dg.MetadataValue.table(records=rows, schema=_SAMPLE_SCHEMA)
     return shown
@@ -110,7 +111,7 @@ def describe_merge(report: MergeReport, chunks: Iterable[Chunk], services: Servi
     if report.finish_reasons:
         shown["finish_reasons"] = _digest("finish reason", report.finish_reasons)
     if report.output_lengths:
-        shown["output_lengths"] = _chart("Output tokens per request", report.output_lengths)
+        shown["output_lengths"] = draw_chart("Output tokens per request", report.output_lengths)
     return shown
 
 
@@ -184,7 +185,8 @@ def _wall_seconds(batch: Batch) -> int:
     return ended - batch.created_at
 
 
-def _chart(title: str, buckets: Buckets) -> dg.MarkdownMetadataValue:
+def draw_chart(title: str, buckets: Buckets) -> dg.MarkdownMetadataValue:
+    """Return a histogram under a title."""
     return dg.MetadataValue.md(f"{title}\n\n```\n{draw_histogram(buckets)}\n```")
 
 

@@ -8,14 +8,16 @@ from vllm_batch_dagster.composition import (
     build_catalog,
     build_engines,
     build_files,
+    build_model_facts,
     build_store,
     build_workspace,
 )
 from vllm_batch_dagster.core.creation import new_file_id
 from vllm_batch_dagster.core.curation import CurationRules
 from vllm_batch_dagster.core.errors import ConfigurationError
-from vllm_batch_dagster.core.models import Batch, Model
+from vllm_batch_dagster.core.models import Batch, Chunk, Model
 from vllm_batch_dagster.core.ports import BatchStore, EngineManager, FileStore, ModelCatalog, Workspace
+from vllm_batch_dagster.core.preflight import ModelFacts
 from vllm_batch_dagster.core.retry import RetryPolicy
 from vllm_batch_dagster.settings import Settings
 from vllm_batch_dagster.stages.inference import InferencePolicy, InferencePorts
@@ -45,6 +47,10 @@ class Services:
     def engines(self) -> EngineManager:
         return build_engines(self.settings)
 
+    @cached_property
+    def facts(self) -> ModelFacts:
+        return build_model_facts(self.settings)
+
     @property
     def catalog(self) -> ModelCatalog:
         """Read anew each time: the operator may have added a model."""
@@ -53,12 +59,16 @@ class Services:
     def clock(self) -> float:
         return time.time()
 
-    def model_of(self, batch: Batch) -> Model:
-        """Return the catalogue entry of a validated batch. Raises ConfigurationError when it is gone."""
-        model = self.catalog.find(batch.model or "")
+    def model_of(self, batch: Batch, chunk: Chunk | None = None) -> Model:
+        """Return the catalogue entry for a chunk of a validated batch, or for all of a batch with one model.
+
+        Raises ConfigurationError when it is gone.
+        """
+        name = (chunk and chunk.range.model) or batch.model
+        model = self.catalog.find(name or "")
         if model is None:
             raise ConfigurationError(
-                f"the model {batch.model!r} of {batch.id} is no longer in the catalogue "
+                f"the model {name!r} of {batch.id} is no longer in the catalogue "
                 f"{self.settings.catalogue_path}: put it back, then run the chunk again"
             )
         return model
@@ -71,6 +81,8 @@ class Services:
             chunk_slots=settings.chunk_slots,
             max_requests=settings.max_requests_per_batch,
             max_errors=settings.max_validation_errors,
+            max_queued_lines=settings.max_queued_lines,
+            mode=settings.validation_mode,
         )
 
     @property

@@ -13,10 +13,11 @@ import msgspec
 from vllm_batch_dagster.core.answers import as_json_object, read_answer
 from vllm_batch_dagster.core.byteindex import read_entries
 from vllm_batch_dagster.core.journal import JournalRecord, encode_record
-from vllm_batch_dagster.core.lines import read_request
+from vllm_batch_dagster.core.lines import RequestLine, read_line
 from vllm_batch_dagster.core.merging import ENGINE_FAILURE
 from vllm_batch_dagster.core.models import Attempt, Batch, Chunk, ChunkSummary, Usage
 from vllm_batch_dagster.core.ports import BatchStore, Clock, EngineAnswer, FileStore, Workspace
+from vllm_batch_dagster.core.rerank import route_request
 from vllm_batch_dagster.stages.journals import JournalWriter, replay
 from vllm_batch_dagster.stages.sealing import seal_chunk
 
@@ -44,11 +45,12 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class PendingLine:
-    """A line to be sent. `line` is 0-based in the batch; `body` is the user's bytes."""
+    """A line to be sent. `line` is 0-based in the byte index; `endpoint` is the engine's, `body` the user's bytes."""
 
     attempt: "ChunkAttempt"
     line: int
     custom_id: str
+    endpoint: str
     body: bytes
     request_id: str
 
@@ -167,10 +169,14 @@ class ChunkAttempt:
                 if self._done[position]:
                     continue
                 source.seek(entry.offset, os.SEEK_SET)
-                custom_id, body = read_request(source.read(entry.length))
+                request = read_line(source.read(entry.length))
                 self._first_sent_at = self._first_sent_at or self._clock()
-                line = chunk.first_line + position
-                yield PendingLine(self, line, custom_id, body, f"{self._batch.id}-{line}")
+                yield self._pending(chunk.first_line + position, request)
+
+    def _pending(self, line: int, request: RequestLine) -> PendingLine:
+        body = bytes(request.body)
+        endpoint = route_request(request.url, body)
+        return PendingLine(self, line, request.custom_id, endpoint, body, f"{self._batch.id}-{line}")
 
     def accept(self, line: PendingLine, answer: EngineAnswer, ok: bool, tries: int) -> None:
         """Take the final answer of a line into the journal's buffer."""

@@ -72,10 +72,11 @@ class _Stopped(Exception):
 
 
 class RangeInference:
-    """One run over `chunks` of `batch`. `fresh` holds the indexes whose earlier answers are not wanted.
+    """One run over `chunks` of `batch`, all of them for `model`.
 
-    `on_done` is called for each published chunk, `report` with sentences for the log. `run` returns why it stopped
-    early, or None when every chunk was published.
+    `fresh` holds the indexes of chunks whose earlier answers are not wanted. `on_done` is called for each published
+    chunk, `report` with sentences for the log. `run` returns why it stopped early, or None when every chunk was
+    published.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class RangeInference:
 
     async def _ask(self, lease: EngineLease, line: PendingLine) -> tuple[EngineAnswer, Verdict, int]:
         """Send a line until it has a final answer. Raises EngineFailure when the engine cannot be brought back."""
-        request = EngineRequest(self._batch.endpoint, line.body, line.request_id, line.attempt.index)
+        request = EngineRequest(line.endpoint, line.body, line.request_id, line.attempt.index)
         faults = tries = 0
         while True:
             tries += 1

@@ -4,9 +4,10 @@ Called by the API, which pushes blocks as they come, and by whoever has a stream
 Everything is durable before it returns: contents first, then the record that makes them visible.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 
+from vllm_batch_dagster.core.claims import ClaimKey, claim_batch, claim_file
 from vllm_batch_dagster.core.creation import (
     FileFacts,
     Randomness,
@@ -18,9 +19,11 @@ from vllm_batch_dagster.core.creation import (
     read_batch_params,
 )
 from vllm_batch_dagster.core.errors import InvalidInput, NotFound, StateConflict, StorageFailure
-from vllm_batch_dagster.core.models import Batch, File, Page
+from vllm_batch_dagster.core.limits import StorageRoom
+from vllm_batch_dagster.core.models import DEFAULT_PROJECT, Batch, File, Page
 from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
+from vllm_batch_dagster.core.windows import WindowRule
 
 FILE_TOO_LARGE = "file_too_large"
 LIST_PAGE = 1_000
@@ -29,11 +32,13 @@ LIST_PAGE = 1_000
 class FileReceipt:
     """A file that is arriving. `write` its bytes, then `finish`; `abandon` leaves nothing behind.
 
-    `max_bytes` 0 means no limit. Not thread-safe: one caller at a time.
+    `max_bytes` 0 means no limit, and so does `room` None. Not thread-safe: one caller at a time.
     """
 
-    def __init__(self, files: FileStore, randomness: Randomness, max_bytes: int = 0) -> None:
-        self._files = files
+    def __init__(
+        self, files: FileStore, randomness: Randomness, max_bytes: int = 0, room: StorageRoom | None = None
+    ) -> None:
+        self._files, self._room = files, room
         self._id = new_file_id(randomness)
         self._stored = files.create(self._id)
         self._limit = max_bytes
@@ -44,10 +49,22 @@ class FileReceipt:
         self._size += len(data)
         if 0 < self._limit < self._size:
             raise file_too_large(self._limit)
+        if self._room is not None:
+            self._room.check(self._size)
         self._stored.write(data)
 
-    def finish(self, facts: FileFacts, store: BatchStore, clock: Clock) -> File:
-        """Make the contents durable, then record them. Raises StorageFailure."""
+    @property
+    def id(self) -> str:
+        return self._id
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._size
+
+    def finish(self, facts: FileFacts, store: BatchStore, clock: Clock, claim_key: ClaimKey | None = None) -> File:
+        """Make the contents durable, then record them. When the claim has its file already, that one is returned and
+        these bytes are removed. Raises StorageFailure, ClaimConflict."""
         size, digest = self._stored.commit()
         created_at = int(clock())
         file = File(
@@ -58,13 +75,17 @@ class FileReceipt:
             purpose=facts.purpose,
             sha256=digest,
             expires_at=expires_at(facts, created_at),
+            project_id=facts.project_id,
         )
         try:
-            store.files.add(file)
+            kept = store.files.add(file, claim=claim_file(claim_key, facts, digest) if claim_key else None)
         except BaseException:
             with suppress(StorageFailure):
                 discard_unregistered(self._id, store, self._files)
             raise
+        if kept != file.id:
+            self._files.delete(file.id)
+            return store.files.get(kept)
         return file
 
     def abandon(self) -> None:
@@ -83,10 +104,10 @@ def discard_unregistered(file_id: str, store: BatchStore, files: FileStore) -> N
         files.delete(file_id)
 
 
-def file_too_large(max_bytes: int) -> InvalidInput:
+def file_too_large(max_bytes: int, param: str = "file") -> InvalidInput:
     return InvalidInput(
         f"The file is larger than the {max_bytes} bytes that this server takes. Split it, or raise MAX_FILE_BYTES.",
-        param="file",
+        param=param,
         code=FILE_TOO_LARGE,
     )
 
@@ -112,23 +133,30 @@ def receive_file(
         raise
 
 
-def find_file(file_id: str, store: BatchStore, now: float) -> File:
-    """Return the file. Raises NotFound, also for one that has expired."""
-    file = store.files.get(file_id)
+def find_file(file_id: str, store: BatchStore, now: float, project_id: str | None = None) -> File:
+    """Return the file. Raises NotFound, also for one that has expired or belongs to another project."""
+    file = store.files.get(file_id, project_id=project_id)
     if not _is_live(file, now):
         raise NotFound("file", file_id)
     return file
 
 
 def list_files(
-    store: BatchStore, now: float, *, purpose: str | None, after: str | None, limit: int, order: str
+    store: BatchStore,
+    now: float,
+    *,
+    purpose: str | None,
+    after: str | None,
+    limit: int,
+    order: str,
+    project_id: str | None = None,
 ) -> Page[File]:
     """Return a page without expired files: always full when more follow, so that no client stops early.
 
     Raises NotFound for an unknown `after`.
     """
     live: list[File] = []
-    for file in _every_file(store, purpose, after, order, min(limit + 1, LIST_PAGE)):
+    for file in _every_file(store, purpose, after, order, min(limit + 1, LIST_PAGE), project_id):
         if _is_live(file, now):
             live.append(file)
         if len(live) > limit:
@@ -140,7 +168,9 @@ def delete_file(file_id: str, store: BatchStore, files: FileStore, now: float) -
     """Delete record and contents. Raises NotFound, and StateConflict while an open batch reads the file."""
     file = find_file(file_id, store, now)
     for batch in store.batches.open():
-        if batch.input_file_id == file_id and not batch.is_terminal:
+        # A batch of another project that names this file does not read it: its validation fails.
+        is_reader = batch.input_file_id == file_id and batch.project_id == file.project_id
+        if is_reader and not batch.is_terminal:
             raise StateConflict(
                 f"File {file_id} is the input of batch {batch.id}, which is {batch.status.value}. "
                 "Cancel the batch or wait until it has finished, then delete the file."
@@ -150,14 +180,28 @@ def delete_file(file_id: str, store: BatchStore, files: FileStore, now: float) -
     return file
 
 
-def create_batch(params: Mapping[str, object], store: BatchStore, clock: Clock, randomness: Randomness) -> Batch:
-    """Store a new batch in `validating`. Raises InvalidInput for a wrong parameter.
+def create_batch(
+    params: Mapping[str, object],
+    store: BatchStore,
+    clock: Clock,
+    randomness: Randomness,
+    *,
+    project_id: str = DEFAULT_PROJECT,
+    windows: WindowRule = WindowRule.OPENAI,
+    claim_key: ClaimKey | None = None,
+    on_repeat: Callable[[], None] = lambda: None,
+) -> Batch:
+    """Store a new batch in `validating`. When `claim_key` has made one of the same parameters before, that one is
+    returned, and `on_repeat` called. Raises InvalidInput for a wrong parameter, ClaimConflict.
 
     An input file that does not exist is not an error here: validation fails the batch, as OpenAI does (C.1).
     """
-    checked = read_batch_params(params)
-    batch = make_batch(checked, new_batch_id(randomness), int(clock()))
-    store.batches.add(batch)
+    checked = read_batch_params(params, windows)
+    batch = make_batch(checked, new_batch_id(randomness), int(clock()), project_id)
+    kept = store.batches.add(batch, claim=claim_batch(claim_key, params) if claim_key else None)
+    if kept != batch.id:
+        on_repeat()
+        return store.batches.get(kept)
     return batch
 
 
@@ -177,11 +221,14 @@ def cancel_batch(batch_id: str, store: BatchStore, clock: Clock) -> Batch:
     return batch
 
 
-def _every_file(store: BatchStore, purpose: str | None, after: str | None, order: str, size: int) -> Iterator[File]:
-    page = store.files.list(purpose=purpose, after=after, limit=size, order=order)
+def _every_file(
+    store: BatchStore, purpose: str | None, after: str | None, order: str, size: int, project_id: str | None
+) -> Iterator[File]:
+    page = store.files.list(purpose=purpose, after=after, limit=size, order=order, project_id=project_id)
     yield from page.data
     while page.has_more and page.data:
-        page = store.files.list(purpose=purpose, after=page.data[-1].id, limit=size, order=order)
+        after = page.data[-1].id
+        page = store.files.list(purpose=purpose, after=after, limit=size, order=order, project_id=project_id)
         yield from page.data
 
 

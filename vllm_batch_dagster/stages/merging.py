@@ -7,18 +7,14 @@ expires (then lines without an answer go to the error file with that reason). St
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
-from vllm_batch_dagster.core.byteindex import IndexEntry, read_count, read_entries
 from vllm_batch_dagster.core.errors import BatchError, StateConflict, StorageFailure, UnprovenMerge
 from vllm_batch_dagster.core.histogram import Buckets, Histogram
-from vllm_batch_dagster.core.lines import read_request
 from vllm_batch_dagster.core.merging import (
     Tally,
     covered_seconds,
     reconcile_files,
-    render_answer,
-    render_unanswered,
 )
 from vllm_batch_dagster.core.models import (
     DEFAULT_FILE_LIFETIME_SECONDS,
@@ -32,11 +28,11 @@ from vllm_batch_dagster.core.models import (
     stop_reason,
 )
 from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore, StoredFile, Workspace
-from vllm_batch_dagster.core.results import SUCCEEDED, UNANSWERED, read_results
+from vllm_batch_dagster.core.rejections import count_rejections
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
 from vllm_batch_dagster.stages.attempts import ChunkAttempt
+from vllm_batch_dagster.stages.input_order import chunk_lines, expected_hashes, ordered_lines
 from vllm_batch_dagster.stages.intake import discard_unregistered
-from vllm_batch_dagster.stages.journals import JournalReader
 
 _ENDINGS = {
     None: BatchEvent.PUBLISHED,
@@ -90,8 +86,8 @@ def merge_batch(batch: Batch, ports: MergePorts, *, run_id: str) -> MergeReport:
     output, errors = _write_files(batch, chunks, ports)
     files = tuple(filter(None, (output, errors)))
     with _deleted_on_error(ports, files):
-        tally = _prove(batch, output, errors, ports)
-        counts, usage = _add_up(chunks)
+        tally = _prove(batch, chunks, output, errors, ports)
+        counts, usage = _add_up(chunks, _count_refused(batch, chunks, ports))
         changes = {"counts": counts, "usage": usage, "merged_version": version}
         changes |= {
             "output_file_id": output.id if output else None,
@@ -116,8 +112,16 @@ def _deleted_on_error(ports: MergePorts, files: Sequence[File]) -> Iterator[None
         raise
 
 
-def _add_up(chunks: Sequence[Chunk]) -> tuple[RequestCounts, Usage]:
-    counts, usage = RequestCounts(), Usage()
+def _count_refused(batch: Batch, chunks: Sequence[Chunk], ports: MergePorts) -> int:
+    """Count the lines that lenient validation refused. The index knows them also when validation was cut short."""
+    if not chunks:
+        return 0
+    with ports.workspace.index_path(batch.id).open("rb") as index:
+        return count_rejections(index)
+
+
+def _add_up(chunks: Sequence[Chunk], refused: int) -> tuple[RequestCounts, Usage]:
+    counts, usage = RequestCounts(total=refused, failed=refused), Usage()
     for chunk in chunks:
         assert chunk.summary is not None
         counts, usage = counts + chunk.summary.counts, usage + chunk.summary.usage
@@ -157,9 +161,8 @@ def _write_files(batch: Batch, chunks: Sequence[Chunk], ports: MergePorts) -> tu
     with ExitStack() as stack:
         output = stack.enter_context(_Sheet(ports, batch, "output"))
         errors = stack.enter_context(_Sheet(ports, batch, "errors"))
-        for chunk in chunks:
-            for ok, line in merged_lines(batch, chunk, ports.files, ports.workspace):
-                (output if ok else errors).write(line)
+        for _offset, ok, line in ordered_lines(batch, chunks, ports.files, ports.workspace):
+            (output if ok else errors).write(line)
         return output.finish(), errors.finish()
 
 
@@ -192,47 +195,23 @@ class _Sheet:
         now = int(self._ports.clock())
         lifetime = self._batch.output_expires_after or DEFAULT_FILE_LIFETIME_SECONDS
         name = f"{self._batch.id}_{self._kind}.jsonl"
-        return File(self._id, size, now, name, OUTPUT_PURPOSE, digest, now + lifetime)
+        expires_at = now + lifetime
+        return File(self._id, size, now, name, OUTPUT_PURPOSE, digest, expires_at, self._batch.project_id)
 
 
 def merged_lines(batch: Batch, chunk: Chunk, files: FileStore, workspace: Workspace) -> Iterator[tuple[bool, bytes]]:
     """Yield (belongs to the output file, rendered line) for each line of a published chunk, in input order."""
-    with ExitStack() as stack:
-        index = stack.enter_context(workspace.index_path(batch.id).open("rb"))
-        with workspace.result_path(batch.id, chunk.index, chunk.published_epoch).open("rb") as packed:
-            results = read_results(packed)
-        # The input may be deleted by now; only lines without an answer need it.
-        has_gaps = any(entry.outcome == UNANSWERED for entry in results.entries)
-        source = stack.enter_context(files.open(batch.input_file_id)) if has_gaps else None
-        journals = stack.enter_context(JournalReader(workspace, batch.id, chunk.index))
-        lines = read_entries(index, chunk.range.first_line, chunk.range.line_count)
-        for position, (entry, result) in enumerate(zip(lines, results.entries, strict=True)):
-            if result.outcome == UNANSWERED:
-                assert source is not None
-                custom_id = _custom_id(source, entry)
-                line = chunk.range.first_line + position
-                yield False, render_unanswered(batch.id, line, custom_id, results.reason)
-            else:
-                yield (
-                    result.outcome == SUCCEEDED,
-                    render_answer(batch.id, journals.read(result)),
-                )
+    for _offset, ok, line in chunk_lines(batch, chunk, files, workspace):
+        yield ok, line
 
 
-def _custom_id(source: BinaryIO, entry: IndexEntry) -> str:
-    source.seek(entry.offset)
-    return read_request(source.read(entry.length))[0]
-
-
-def _prove(batch: Batch, output: File | None, errors: File | None, ports: MergePorts) -> Tally:
+def _prove(batch: Batch, chunks: Sequence[Chunk], output: File | None, errors: File | None, ports: MergePorts) -> Tally:
     """Read both files back and walk them beside the byte index. Raises UnprovenMerge when a line is not there once."""
     with ExitStack() as stack:
         sheets = [stack.enter_context(ports.files.open(file.id)) if file else () for file in (output, errors)]
-        if not ports.store.chunks.list(batch.id):
+        if not chunks:
             return Tally()
-        index = stack.enter_context(ports.workspace.index_path(batch.id).open("rb"))
-        expected = (entry.id_hash for entry in read_entries(index, 0, read_count(index)))
-        tally = reconcile_files(expected, *sheets)
+        tally = reconcile_files(expected_hashes(batch, chunks, ports.workspace), *sheets)
     if tally.problem:
         raise UnprovenMerge(batch.id, tally.problem)
     return tally

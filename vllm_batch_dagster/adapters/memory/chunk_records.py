@@ -41,6 +41,16 @@ class MemoryChunkRecords:
         with self._tables.lock:
             return self._tables.chunks_of(batch_id)
 
+    def finished(self, model: str, limit: int) -> Sequence[Chunk]:
+        with self._tables.lock:
+            known = (
+                chunk
+                for batch in reversed(self._tables.batches.values())
+                for chunk in self._tables.chunks_of(batch.id)
+                if (chunk.range.model or batch.model) == model
+            )
+            return [chunk for chunk in known if chunk.is_published][:limit]
+
     def get(self, batch_id: str, index: int) -> Chunk:
         with self._tables.lock:
             try:

@@ -14,6 +14,11 @@ class MemoryFiles:
 
     def __init__(self) -> None:
         self._contents: dict[str, bytes] = {}
+        self._parts = MemoryParts()
+
+    @property
+    def parts(self) -> "MemoryParts":
+        return self._parts
 
     def create(self, file_id: str) -> StoredFile:
         """Raises InvalidInput for an id that no file system would take."""
@@ -27,6 +32,27 @@ class MemoryFiles:
 
     def delete(self, file_id: str) -> None:
         self._contents.pop(file_id, None)
+
+
+class MemoryParts:
+    """See PartStore."""
+
+    def __init__(self) -> None:
+        self._contents: dict[str, bytes] = {}
+
+    def create(self, upload_id: str, part_id: str) -> StoredFile:
+        """Raises InvalidInput for an id that no file system would take."""
+        return _ArrivingBytes(self._contents, f"{check_id(upload_id)}.{check_id(part_id)}")
+
+    def open(self, upload_id: str, part_id: str) -> BinaryIO:
+        try:
+            return BytesIO(self._contents[f"{upload_id}.{part_id}"])
+        except KeyError:
+            raise NotFound("part", part_id) from None
+
+    def delete(self, upload_id: str) -> None:
+        for name in [name for name in self._contents if name.startswith(f"{upload_id}.")]:
+            del self._contents[name]
 
 
 class _ArrivingBytes:

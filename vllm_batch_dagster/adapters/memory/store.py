@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from vllm_batch_dagster.adapters.memory.batch_records import MemoryBatchRecords
 from vllm_batch_dagster.adapters.memory.chunk_records import MemoryChunkRecords
 from vllm_batch_dagster.adapters.memory.file_records import MemoryFileRecords
+from vllm_batch_dagster.adapters.memory.idempotency_records import MemoryIdempotencyRecords
+from vllm_batch_dagster.adapters.memory.key_records import MemoryKeyRecords
+from vllm_batch_dagster.adapters.memory.retention_records import MemoryRetentionRecords
 from vllm_batch_dagster.adapters.memory.tables import Tables
+from vllm_batch_dagster.adapters.memory.upload_records import MemoryUploadRecords
 from vllm_batch_dagster.core.ports import OutboxEvent
 
 
@@ -17,6 +21,10 @@ class MemoryStore:
         self._files = MemoryFileRecords(self._tables)
         self._batches = MemoryBatchRecords(self._tables)
         self._chunks = MemoryChunkRecords(self._tables)
+        self._uploads = MemoryUploadRecords(self._tables)
+        self._keys = MemoryKeyRecords(self._tables)
+        self._idempotency = MemoryIdempotencyRecords(self._tables)
+        self._retention = MemoryRetentionRecords(self._tables)
 
     @property
     def files(self) -> MemoryFileRecords:
@@ -29,6 +37,22 @@ class MemoryStore:
     @property
     def chunks(self) -> MemoryChunkRecords:
         return self._chunks
+
+    @property
+    def retention(self) -> MemoryRetentionRecords:
+        return self._retention
+
+    @property
+    def keys(self) -> MemoryKeyRecords:
+        return self._keys
+
+    @property
+    def idempotency(self) -> MemoryIdempotencyRecords:
+        return self._idempotency
+
+    @property
+    def uploads(self) -> MemoryUploadRecords:
+        return self._uploads
 
     def events(self, batch_id: str) -> Sequence[OutboxEvent]:
         """Outbox events of a batch, oldest first; empty for an unknown one."""

@@ -6,11 +6,23 @@ from threading import RLock
 from typing import Protocol, TypeVar
 
 from vllm_batch_dagster.adapters.store.rules import AttemptRecord
+from vllm_batch_dagster.core.claims import Claim, ClaimKey
 from vllm_batch_dagster.core.errors import NotFound
+from vllm_batch_dagster.core.keys import Key
 from vllm_batch_dagster.core.models import Batch, Chunk, File, Page
 from vllm_batch_dagster.core.ports import OutboxEvent
+from vllm_batch_dagster.core.uploads import Upload, UploadPart
 
 ChunkKey = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptClaim:
+    """A claim's row: the object that it made, and when (unix seconds)."""
+
+    claim: Claim
+    object_id: str
+    created_at: int
 
 
 @dataclass(slots=True)
@@ -23,6 +35,10 @@ class Tables:
     chunks: dict[ChunkKey, Chunk] = field(default_factory=dict)
     attempts: dict[ChunkKey, list[AttemptRecord]] = field(default_factory=dict)
     events: list[OutboxEvent] = field(default_factory=list)
+    uploads: dict[str, Upload] = field(default_factory=dict)
+    parts: dict[str, UploadPart] = field(default_factory=dict)
+    keys: dict[str, Key] = field(default_factory=dict)
+    claims: dict[ClaimKey, KeptClaim] = field(default_factory=dict)
 
     def chunks_of(self, batch_id: str) -> list[Chunk]:
         """In index order."""
@@ -39,7 +55,20 @@ class Listed(Protocol):
     def created_at(self) -> int: ...
 
 
+class Owned(Protocol):
+    """What belongs to a project."""
+
+    @property
+    def project_id(self) -> str: ...
+
+
 T = TypeVar("T", bound=Listed)
+OwnedT = TypeVar("OwnedT", bound=Owned)
+
+
+def within(rows: Iterable[OwnedT], project_id: str | None) -> Iterable[OwnedT]:
+    """Return the rows of one project; None: all projects."""
+    return (row for row in rows if project_id in (None, row.project_id))
 
 
 def by_time(rows: Iterable[T], *, descending: bool = False) -> list[T]:

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = Options(
         models=tuple(args.model or ["simulated"]),
         latency=args.latency,
+        latency_of={name: float(seconds) for name, seconds in args.latency_of},
         max_num_seqs=args.max_num_seqs,
         max_model_len=args.max_model_len,
         witness=args.witness,
@@ -39,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, required=True, help="loopback port")
     parser.add_argument("--model", nargs="+", metavar="NAME", help="served names; the first is echoed")
     parser.add_argument("--latency", type=float, default=0.0, metavar="S", help="seconds per request")
+    parser.add_argument(
+        "--latency-of", nargs=2, action="append", default=[], metavar=("NAME", "S"), help="of one model"
+    )
     parser.add_argument("--max-num-seqs", type=int, default=128, help="requests at once; the others wait")
     parser.add_argument("--max-model-len", type=int, default=2048, help="longest prompt, in words")
     parser.add_argument("--witness", type=Path, metavar="FILE", help="append the X-Request-Id of every request")

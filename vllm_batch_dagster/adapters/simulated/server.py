@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ _CORE_DEAD = "EngineCore encountered an issue. See stack trace (above) for the r
 @dataclass(frozen=True, slots=True)
 class Options:
     """How the simulated engine behaves: `latency` in seconds per request while it holds one of `max_num_seqs`
-    slots; `witness` gets one line per request that arrives: its X-Request-Id."""
+    slots, `latency_of` the same for single models; `witness` gets one line per request that arrives: its X-Request-Id.
+    """
 
     models: tuple[str, ...] = ("simulated",)
     latency: float = 0.0
+    latency_of: Mapping[str, float] = field(default_factory=dict)
     max_num_seqs: int = 128
     max_model_len: int = 2048
     witness: Path | None = None
@@ -105,13 +107,17 @@ class SimulatedEngine:
 
     async def _work(self, request: web.Request, raw: bytes, request_id: str) -> web.StreamResponse:
         async with self._slots.turn(_priority(request)):
-            await asyncio.sleep(self._options.latency)
+            await asyncio.sleep(self._latency(raw))
             self._die_if_due(raw)
             if self._faults.is_due("hang_after", self._answered):
                 await asyncio.Event().wait()
             response = await self._answer(request, raw, request_id)
         self._answered += 1
         return response
+
+    def _latency(self, raw: bytes) -> float:
+        named = (seconds for name, seconds in self._options.latency_of.items() if json.dumps(name).encode() in raw)
+        return next(named, self._options.latency)
 
     async def _answer(self, request: web.Request, raw: bytes, request_id: str) -> web.StreamResponse:
         if self._faults.take("fail_next"):

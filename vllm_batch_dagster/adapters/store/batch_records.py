@@ -8,10 +8,12 @@ from sqlalchemy.exc import IntegrityError
 
 from vllm_batch_dagster.adapters.store.database import Database
 from vllm_batch_dagster.adapters.store.file_records import insert_files
-from vllm_batch_dagster.adapters.store.paging import fetch_page
+from vllm_batch_dagster.adapters.store.idempotency_records import take_claim
+from vllm_batch_dagster.adapters.store.paging import fetch_page, within
 from vllm_batch_dagster.adapters.store.rows import MIRRORED, batch_row, read_batch, show_progress, to_columns
 from vllm_batch_dagster.adapters.store.rules import apply_event, check_changes, event_type
 from vllm_batch_dagster.adapters.store.schema import NEEDS_ATTENTION, batches, chunks, events
+from vllm_batch_dagster.core.claims import Claim
 from vllm_batch_dagster.core.errors import NotFound, StateConflict
 from vllm_batch_dagster.core.models import Batch, File, Page
 from vllm_batch_dagster.core.states import TIMESTAMP_FIELD, BatchEvent
@@ -23,22 +25,29 @@ class SqlBatchRecords:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch, *, claim: Claim | None = None) -> str:
         """Raises StateConflict when the id is taken."""
         with self._database.writing() as connection:
-            try:
-                connection.execute(insert(batches), batch_row(batch))
-            except IntegrityError:
-                raise StateConflict(f"a batch with this id exists already: {batch.id}") from None
+            owner = take_claim(connection, claim, batch.id, batch.created_at)
+            if owner == batch.id:
+                _insert(connection, batch)
+            return owner
 
-    def get(self, batch_id: str) -> Batch:
+    def get(self, batch_id: str, *, project_id: str | None = None) -> Batch:
         with self._database.reading() as connection:
-            return _fetch(connection, batch_id)
+            return _fetch(connection, batch_id, project_id)
 
-    def list(self, *, after: str | None = None, limit: int = 20) -> Page[Batch]:
+    def list(self, *, after: str | None = None, limit: int = 20, project_id: str | None = None) -> Page[Batch]:
         with self._database.reading() as connection:
             rows = fetch_page(
-                connection, select(batches), batches, kind="batch", after=after, limit=limit, descending=True
+                connection,
+                select(batches),
+                batches,
+                kind="batch",
+                after=after,
+                limit=limit,
+                descending=True,
+                project_id=project_id,
             )
             return Page(_read(connection, rows.data), rows.has_more)
 
@@ -74,6 +83,13 @@ class SqlBatchRecords:
             return batch
 
 
+def _insert(connection: Connection, batch: Batch) -> None:
+    try:
+        connection.execute(insert(batches), batch_row(batch))
+    except IntegrityError:
+        raise StateConflict(f"a batch with this id exists already: {batch.id}") from None
+
+
 def _read(connection: Connection, rows: Iterable[RowMapping]) -> tuple[Batch, ...]:
     """Read batches, those that are open with the progress of their chunks."""
     read = [read_batch(row) for row in rows]
@@ -90,8 +106,9 @@ def _sum_chunks(connection: Connection, batch_ids: Sequence[str]) -> Mapping[str
     return {row["batch_id"]: row for row in connection.execute(query).mappings()}
 
 
-def _fetch(connection: Connection, batch_id: str) -> Batch:
-    rows = connection.execute(select(batches).where(batches.c.id == batch_id)).mappings().all()
+def _fetch(connection: Connection, batch_id: str, project_id: str | None = None) -> Batch:
+    query = within(select(batches).where(batches.c.id == batch_id), batches, project_id)
+    rows = connection.execute(query).mappings().all()
     if not rows:
         raise NotFound("batch", batch_id)
     return _read(connection, rows)[0]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, case, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Select, case, delete, func, insert, select, update
 
 from vllm_batch_dagster.adapters.store.database import Database
 from vllm_batch_dagster.adapters.store.rows import (
@@ -48,6 +48,13 @@ class SqlChunkRecords:
     def list(self, batch_id: str) -> Sequence[Chunk]:
         with self._database.reading() as connection:
             return _fetch_all(connection, batch_id)
+
+    def finished(self, model: str, limit: int) -> Sequence[Chunk]:
+        published = (func.coalesce(chunks.c.model, batches.c.model) == model) & (chunks.c.published_epoch > 0)
+        found = select(chunks).join(batches, batches.c.id == chunks.c.batch_id).where(published)
+        query = found.order_by(batches.c.seq.desc(), chunks.c.idx).limit(limit)
+        with self._database.reading() as connection:
+            return [read_chunk(row) for row in connection.execute(query).mappings()]
 
     def get(self, batch_id: str, index: int) -> Chunk:
         with self._database.reading() as connection:

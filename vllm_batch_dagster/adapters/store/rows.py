@@ -44,6 +44,7 @@ def read_file(row: RowMapping) -> File:
         purpose=row["purpose"],
         sha256=row["sha256"],
         expires_at=row["expires_at"],
+        project_id=row["project_id"],
     )
 
 
@@ -82,7 +83,7 @@ def read_batch(row: RowMapping) -> Batch:
 def show_progress(batch: Batch, sums: RowMapping) -> Batch:
     """Return an open batch with the sums of what its chunks mirror."""
     # int(): PostgreSQL adds bigints up to a decimal.
-    counts = RequestCounts(batch.counts.total, int(sums["completed"]), int(sums["failed"]))
+    counts = RequestCounts(batch.counts.total, int(sums["completed"]), batch.rejected + int(sums["failed"]))
     return replace(batch, counts=counts, usage=Usage(*(int(sums[name]) for name in _TOKENS)))
 
 
@@ -95,6 +96,7 @@ def range_row(batch_id: str, planned: ChunkRange) -> dict[str, Any]:
         "line_count": planned.line_count,
         "offset": planned.offset,
         "length": planned.length,
+        "model": planned.model,
     }
     return row | dict.fromkeys(("epoch", "base_epoch", "published_epoch", "engine_failures", *MIRRORED), 0)
 
@@ -112,7 +114,7 @@ def read_chunk(row: RowMapping) -> Chunk:
     summary = row["summary"]
     return Chunk(
         batch_id=row["batch_id"],
-        range=ChunkRange(row["idx"], row["first_line"], row["line_count"], row["offset"], row["length"]),
+        range=ChunkRange(row["idx"], row["first_line"], row["line_count"], row["offset"], row["length"], row["model"]),
         epoch=row["epoch"],
         base_epoch=row["base_epoch"],
         published_epoch=row["published_epoch"],

@@ -13,7 +13,7 @@ SUPERSEDED = "superseded"
 ENGINE_FAILURE = "engine_failure"
 
 # What only the store itself sets: identity, order, the state machine and its times, the count of publications.
-_STORE_FIELDS = {"id", "created_at", "status", "result_version", *TIMESTAMP_FIELD.values()}
+_STORE_FIELDS = {"id", "project_id", "created_at", "status", "result_version", *TIMESTAMP_FIELD.values()}
 CHANGEABLE = frozenset(field.name for field in fields(Batch)) - _STORE_FIELDS
 
 _TIMES = ("created_at", *TIMESTAMP_FIELD.values())

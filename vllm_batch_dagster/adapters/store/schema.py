@@ -25,6 +25,7 @@ VERSION_TABLE = "batch_store_version"
 
 # Written out with literals, since a planner uses a partial index only for a condition that it can recognise.
 NEEDS_ATTENTION = "status NOT IN ('failed', 'completed', 'expired', 'cancelled') OR result_version <> merged_version"
+NOT_PURGED = "purged_at IS NULL"
 
 _naming = {
     "ix": "%(table_name)s_%(column_0_N_name)s",
@@ -53,8 +54,10 @@ files = Table(
     Column("purpose", Text, nullable=False),
     Column("sha256", Text, nullable=False),
     Column("expires_at", _Number),
+    Column("project_id", Text, nullable=False),
     Index("files_by_time", "created_at", "seq"),
-    Index("files_by_purpose", "purpose", "created_at", "seq"),
+    Index("files_by_project", "project_id", "created_at", "seq"),
+    Index("files_by_purpose", "project_id", "purpose", "created_at", "seq"),
     sqlite_autoincrement=True,
 )
 
@@ -89,7 +92,11 @@ batches = Table(
     Column("cancelled_at", _Number),
     Column("result_version", _Number, nullable=False),
     Column("merged_version", _Number, nullable=False),
+    Column("rejected", _Number, nullable=False),
+    Column("purged_at", _Number),
+    Column("project_id", Text, nullable=False),
     Index("batches_by_time", "created_at", "seq"),
+    Index("batches_by_project", "project_id", "created_at", "seq"),
     Index(
         "batches_needing_attention",
         "created_at",
@@ -97,6 +104,7 @@ batches = Table(
         sqlite_where=text(NEEDS_ATTENTION),
         postgresql_where=text(NEEDS_ATTENTION),
     ),
+    Index("batches_not_purged", "id", sqlite_where=text(NOT_PURGED), postgresql_where=text(NOT_PURGED)),
     sqlite_autoincrement=True,
 )
 
@@ -109,6 +117,7 @@ chunks = Table(
     Column("line_count", _Number, nullable=False),
     Column("offset", _Number, nullable=False),
     Column("length", _Number, nullable=False),
+    Column("model", Text),
     Column("epoch", Integer, nullable=False),
     Column("base_epoch", Integer, nullable=False),
     Column("published_epoch", Integer, nullable=False),
@@ -147,4 +156,67 @@ events = Table(
     Column("created_at", _Number, nullable=False),
     UniqueConstraint("batch_id", "type"),
     sqlite_autoincrement=True,
+)
+
+# Files that arrive in parts. `file_id` of a pending one is what the newest attempt to complete it writes.
+uploads = Table(
+    "uploads",
+    metadata,
+    _sequence(),
+    Column("id", Text, nullable=False, unique=True),
+    Column("filename", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("bytes", _Number, nullable=False),
+    Column("mime_type", Text, nullable=False),
+    Column("created_at", _Number, nullable=False),
+    Column("expires_at", _Number, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("expires_after", _Number),
+    Column("file_id", Text),
+    Column("part_ids", Text, nullable=False),
+    Column("md5", Text),
+    Column("project_id", Text, nullable=False),
+    Index("uploads_by_time", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    _sequence(),
+    Column("id", Text, nullable=False, unique=True),
+    Column("upload_id", Text, ForeignKey("uploads.id"), nullable=False),
+    Column("bytes", _Number, nullable=False),
+    Column("created_at", _Number, nullable=False),
+    Index("upload_parts_by_upload", "upload_id", "seq"),
+    sqlite_autoincrement=True,
+)
+
+# Bearer keys. A revoked one stays: the API never falls back to serving without keys.
+keys = Table(
+    "keys",
+    metadata,
+    _sequence(),
+    Column("id", Text, nullable=False, unique=True),
+    Column("project_id", Text, nullable=False),
+    Column("hash", Text, nullable=False, unique=True),
+    Column("label", Text, nullable=False),
+    Column("created_at", _Number, nullable=False),
+    Column("revoked_at", _Number),
+    Column("last_used_at", _Number),
+    sqlite_autoincrement=True,
+)
+
+# What an Idempotency-Key made. Written in the transaction that stores the object.
+claims = Table(
+    "claims",
+    metadata,
+    Column("project_id", Text, primary_key=True),
+    Column("operation", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("fingerprint", Text, nullable=False),
+    Column("object_id", Text, nullable=False),
+    Column("created_at", _Number, nullable=False),
+    Index("claims_by_time", "created_at"),
+    Index("claims_by_object", "object_id"),
 )

@@ -8,7 +8,11 @@ from vllm_batch_dagster.adapters.store.batch_records import SqlBatchRecords
 from vllm_batch_dagster.adapters.store.chunk_records import SqlChunkRecords
 from vllm_batch_dagster.adapters.store.database import Database
 from vllm_batch_dagster.adapters.store.file_records import SqlFileRecords
+from vllm_batch_dagster.adapters.store.idempotency_records import SqlIdempotencyRecords
+from vllm_batch_dagster.adapters.store.key_records import SqlKeyRecords
+from vllm_batch_dagster.adapters.store.retention_records import SqlRetentionRecords
 from vllm_batch_dagster.adapters.store.schema import events
+from vllm_batch_dagster.adapters.store.upload_records import SqlUploadRecords
 from vllm_batch_dagster.core.ports import OutboxEvent
 
 
@@ -20,6 +24,10 @@ class SqlStore:
         self._files = SqlFileRecords(database)
         self._batches = SqlBatchRecords(database)
         self._chunks = SqlChunkRecords(database)
+        self._uploads = SqlUploadRecords(database)
+        self._keys = SqlKeyRecords(database)
+        self._idempotency = SqlIdempotencyRecords(database)
+        self._retention = SqlRetentionRecords(database)
 
     @property
     def files(self) -> SqlFileRecords:
@@ -32,6 +40,22 @@ class SqlStore:
     @property
     def chunks(self) -> SqlChunkRecords:
         return self._chunks
+
+    @property
+    def retention(self) -> SqlRetentionRecords:
+        return self._retention
+
+    @property
+    def keys(self) -> SqlKeyRecords:
+        return self._keys
+
+    @property
+    def idempotency(self) -> SqlIdempotencyRecords:
+        return self._idempotency
+
+    @property
+    def uploads(self) -> SqlUploadRecords:
+        return self._uploads
 
     def events(self, batch_id: str) -> Sequence[OutboxEvent]:
         """Outbox events of a batch, oldest first; empty for an unknown one."""

@@ -13,6 +13,7 @@ depends_on = None
 
 _Number = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 _NEEDS_ATTENTION = "status NOT IN ('failed', 'completed', 'expired', 'cancelled') OR result_version <> merged_version"
+_NOT_PURGED = "purged_at IS NULL"
 
 
 def upgrade() -> None:
@@ -21,10 +22,13 @@ def upgrade() -> None:
     _create_chunks()
     _create_attempts()
     _create_events()
+    _create_keys()
+    _create_claims()
+    _create_uploads()
 
 
 def downgrade() -> None:
-    for table in ("events", "attempts", "chunks", "batches", "files"):
+    for table in ("upload_parts", "uploads", "claims", "keys", "events", "attempts", "chunks", "batches", "files"):
         op.drop_table(table)
 
 
@@ -44,29 +48,32 @@ def _create_files() -> None:
     op.create_table(
         "files",
         *_sequence("files"),
-        *_texts("id", "filename", "purpose", "sha256"),
+        *_texts("id", "filename", "purpose", "sha256", "project_id"),
         *_numbers("bytes", "created_at"),
         *_numbers("expires_at", nullable=True),
         sa.UniqueConstraint("id", name="files_id_key"),
         sqlite_autoincrement=True,
     )
     op.create_index("files_by_time", "files", ["created_at", "seq"])
-    op.create_index("files_by_purpose", "files", ["purpose", "created_at", "seq"])
+    op.create_index("files_by_project", "files", ["project_id", "created_at", "seq"])
+    op.create_index("files_by_purpose", "files", ["project_id", "purpose", "created_at", "seq"])
 
 
 def _create_batches() -> None:
-    times = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+    times = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled", "purged")
     op.create_table(
         "batches",
         *_sequence("batches"),
-        *_texts("id", "input_file_id", "endpoint", "completion_window", "status", "errors"),
+        *_texts("id", "input_file_id", "endpoint", "completion_window", "status", "errors", "project_id"),
         *_texts("metadata", "model", "usage", "output_file_id", "error_file_id", nullable=True),
         *_numbers("created_at", "expires_at", "total", "completed", "failed", "result_version", "merged_version"),
+        *_numbers("rejected"),
         *_numbers("output_expires_after", *(f"{name}_at" for name in times), nullable=True),
         sa.UniqueConstraint("id", name="batches_id_key"),
         sqlite_autoincrement=True,
     )
     op.create_index("batches_by_time", "batches", ["created_at", "seq"])
+    op.create_index("batches_by_project", "batches", ["project_id", "created_at", "seq"])
     op.create_index(
         "batches_needing_attention",
         "batches",
@@ -74,6 +81,8 @@ def _create_batches() -> None:
         sqlite_where=sa.text(_NEEDS_ATTENTION),
         postgresql_where=sa.text(_NEEDS_ATTENTION),
     )
+    unpurged = sa.text(_NOT_PURGED)
+    op.create_index("batches_not_purged", "batches", ["id"], sqlite_where=unpurged, postgresql_where=unpurged)
 
 
 def _create_chunks() -> None:
@@ -87,7 +96,7 @@ def _create_chunks() -> None:
         sa.Column("base_epoch", sa.Integer, nullable=False),
         sa.Column("published_epoch", sa.Integer, nullable=False),
         sa.Column("engine_failures", sa.Integer, nullable=False),
-        *_texts("summary", nullable=True),
+        *_texts("model", "summary", nullable=True),
         sa.PrimaryKeyConstraint("batch_id", "idx", name="chunks_pkey"),
         sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name="chunks_batch_id_fkey"),
     )
@@ -122,3 +131,51 @@ def _create_events() -> None:
         sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name="events_batch_id_fkey"),
         sqlite_autoincrement=True,
     )
+
+
+def _create_keys() -> None:
+    op.create_table(
+        "keys",
+        *_sequence("keys"),
+        *_texts("id", "project_id", "hash", "label"),
+        *_numbers("created_at"),
+        *_numbers("revoked_at", "last_used_at", nullable=True),
+        sa.UniqueConstraint("id", name="keys_id_key"),
+        sa.UniqueConstraint("hash", name="keys_hash_key"),
+        sqlite_autoincrement=True,
+    )
+
+
+def _create_claims() -> None:
+    op.create_table(
+        "claims",
+        *_texts("project_id", "operation", "key", "fingerprint", "object_id"),
+        *_numbers("created_at"),
+        sa.PrimaryKeyConstraint("project_id", "operation", "key", name="claims_pkey"),
+    )
+    op.create_index("claims_by_time", "claims", ["created_at"])
+    op.create_index("claims_by_object", "claims", ["object_id"])
+
+
+def _create_uploads() -> None:
+    op.create_table(
+        "uploads",
+        *_sequence("uploads"),
+        *_texts("id", "filename", "purpose", "mime_type", "status", "part_ids", "project_id"),
+        *_texts("file_id", "md5", nullable=True),
+        *_numbers("bytes", "created_at", "expires_at"),
+        *_numbers("expires_after", nullable=True),
+        sa.UniqueConstraint("id", name="uploads_id_key"),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("uploads_by_time", "uploads", ["created_at", "seq"])
+    op.create_table(
+        "upload_parts",
+        *_sequence("upload_parts"),
+        *_texts("id", "upload_id"),
+        *_numbers("bytes", "created_at"),
+        sa.UniqueConstraint("id", name="upload_parts_id_key"),
+        sa.ForeignKeyConstraint(["upload_id"], ["uploads.id"], name="upload_parts_upload_id_fkey"),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("upload_parts_by_upload", "upload_parts", ["upload_id", "seq"])
