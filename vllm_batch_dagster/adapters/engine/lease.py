@@ -11,7 +11,6 @@ from vllm_batch_dagster.adapters.engine.locks import hold
 from vllm_batch_dagster.adapters.engine.recovery import Recovery
 from vllm_batch_dagster.adapters.engine.server import Pace, Server
 from vllm_batch_dagster.adapters.engine.starter import Starter
-from vllm_batch_dagster.core.errors import EngineUnavailable
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineRequest, Report
 
 
@@ -43,15 +42,7 @@ class OwnLease:
             await self._server.close()
 
     async def send(self, request: EngineRequest) -> EngineAnswer:
-        generation = self._recovery.generation
-        try:
-            answer = await self._server.send(request)
-        except EngineUnavailable as error:
-            self._recovery.note_failure(generation, str(error))
-            raise
-        if answer.status < 500:
-            self._recovery.note_answer()
-        return answer
+        return await self._recovery.watch(self._server.send(request))
 
     async def recover(self) -> None:
         await self._recovery.run()

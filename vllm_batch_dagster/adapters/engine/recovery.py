@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from vllm_batch_dagster.core.errors import EngineFailure
+from vllm_batch_dagster.core.errors import EngineFailure, EngineUnavailable
+from vllm_batch_dagster.core.ports import EngineAnswer
 
 # A line whose connection always breaks, while the engine answers others, must not make a busy loop.
 _PAUSE_SECONDS = 1.0
@@ -26,6 +27,18 @@ class Recovery:
         self._last_failure = ""
         self._clock = asyncio.get_running_loop().time
         self._not_before = 0.0
+
+    async def watch(self, sending: Awaitable[EngineAnswer]) -> EngineAnswer:
+        """Return the answer of a request, having noted what it says of the engine. Raises EngineUnavailable."""
+        generation = self.generation
+        try:
+            answer = await sending
+        except EngineUnavailable as error:
+            self.note_failure(generation, str(error))
+            raise
+        if answer.status < 500:
+            self.note_answer()
+        return answer
 
     def note_failure(self, generation: int, why: str) -> None:
         """A request that was sent in `generation` got no answer."""

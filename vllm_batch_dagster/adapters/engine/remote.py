@@ -12,7 +12,7 @@ from vllm_batch_dagster.adapters.engine.launch import WINDOW_PER_SEQUENCE
 from vllm_batch_dagster.adapters.engine.pool import Pool
 from vllm_batch_dagster.adapters.engine.recovery import Recovery
 from vllm_batch_dagster.adapters.engine.server import Pace
-from vllm_batch_dagster.core.errors import ConfigurationError, EngineUnavailable
+from vllm_batch_dagster.core.errors import ConfigurationError
 from vllm_batch_dagster.core.models import Model
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineLease, EngineManager, EngineRequest, Report
 
@@ -111,15 +111,7 @@ class RemoteLease:
         return self._window
 
     async def send(self, request: EngineRequest) -> EngineAnswer:
-        generation = self._recovery.generation
-        try:
-            answer = await self._pool.send(request)
-        except EngineUnavailable as error:
-            self._recovery.note_failure(generation, str(error))
-            raise
-        if answer.status < 500:
-            self._recovery.note_answer()
-        return answer
+        return await self._recovery.watch(self._pool.send(request))
 
     async def recover(self) -> None:
         await self._recovery.run()
