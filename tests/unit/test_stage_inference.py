@@ -1,7 +1,9 @@
 """The inference stage when nothing breaks: which bytes travel, the window, the borders of chunks, resume and rerun."""
 
 import asyncio
+import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -9,7 +11,7 @@ from tests.unit.conftest import CHAT, FAST, Rig, WatchedEngine, answer_of, id_ra
 from vllm_batch_dagster.adapters.memory import EchoEngine
 from vllm_batch_dagster.adapters.simulated.answers import FINGERPRINT
 from vllm_batch_dagster.core.lines import read_line
-from vllm_batch_dagster.core.models import Model, RequestCounts
+from vllm_batch_dagster.core.models import Attempt, Model, RequestCounts
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineRequest
 from vllm_batch_dagster.core.states import BatchStatus
 from vllm_batch_dagster.stages import attempts
@@ -97,9 +99,33 @@ async def test_the_window_spans_the_border_of_chunks(rig: Rig) -> None:
 @pytest.mark.parametrize("window", [1, 3, 50])
 async def test_no_more_requests_in_flight_than_the_window(rig: Rig, window: int) -> None:
     batch_id = rig.start(20, chunk_size=5)
-    engine = WatchedEngine(window=window, latency=0.001)
-    await rig.infer(batch_id, engine)
+    engine = WatchedEngine(holds=lambda _line: True, window=window)
+    run = asyncio.create_task(rig.infer(batch_id, engine))
+    await until(lambda: len(engine.in_flight) == min(window, 20))
+    engine.release()
+    await run
     assert engine.most_in_flight == min(window, 20)
+
+
+async def test_answers_are_taken_while_the_next_chunk_is_begun(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store may take its time: a fast engine must not drain because nobody listens."""
+    batch_id = rig.start(10, chunk_size=5)
+    engine = WatchedEngine(window=6, holds=lambda line: line == 0)
+    begin, may_begin = rig.store.chunks.begin, threading.Event()
+
+    def begin_slowly(batch: str, index: int, **options: Any) -> Attempt:
+        if index == 1:
+            assert may_begin.wait(20)
+        return begin(batch, index, **options)
+
+    monkeypatch.setattr(rig.store.chunks, "begin", begin_slowly)
+    run = asyncio.create_task(rig.infer(batch_id, engine))
+    await until(lambda: rig.batch(batch_id).counts.completed == 4)
+    assert engine.in_flight == {0}
+    may_begin.set()
+    engine.release()
+    await run
+    assert sorted(engine.asked) == list(range(10))
 
 
 async def test_a_chunk_is_published_while_the_next_one_runs(rig: Rig) -> None:

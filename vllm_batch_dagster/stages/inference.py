@@ -95,6 +95,9 @@ class RangeInference:
         self._ports, self._policy, self._batch, self._model = ports, policy, batch, model
         self._chunks, self._fresh, self._run_id = chunks, fresh, run_id
         self._on_done, self._report = on_done, report
+        self._waiting = iter(chunks)
+        self._lines: Iterator[PendingLine] = iter(())
+        self._turn = asyncio.Lock()
         self._begun: dict[int, ChunkAttempt] = {}
         self._published: set[int] = set()
         self._commit_now = asyncio.Event()
@@ -121,21 +124,27 @@ class RangeInference:
         return None
 
     async def _infer_with(self, lease: EngineLease, group: asyncio.TaskGroup) -> None:
-        lines = self._pending_lines()
         committer = group.create_task(self._commit_forever())
-        workers = [group.create_task(self._work(lease, lines)) for _ in range(max(1, lease.window))]
+        workers = [group.create_task(self._work(lease)) for _ in range(max(1, lease.window))]
         await asyncio.gather(*workers)
         self._commit_now.set()
         await self._all_published.wait()
         committer.cancel()
 
-    def _pending_lines(self) -> Iterator[PendingLine]:
-        """Yield the lines without an answer, beginning an attempt at each chunk when its first line is due."""
-        for chunk in self._chunks:
-            attempt = self._begin(chunk)
-            self._report(attempt.describe())
-            self._commit_now.set()
-            yield from attempt.pending_lines()
+    async def _next_line(self) -> PendingLine | None:
+        """Return the next line without an answer, None when none is left. An attempt at a chunk begins when its first
+        line is due, on a thread: a fast engine would drain while the loop waits for the store."""
+        while (line := next(self._lines, None)) is None:
+            async with self._turn:
+                if (line := next(self._lines, None)) is not None:
+                    return line
+                if (chunk := next(self._waiting, None)) is None:
+                    return None
+                attempt = await _finish_on_thread(self._begin, chunk)
+                self._report(attempt.describe())
+                self._commit_now.set()
+                self._lines = attempt.pending_lines()
+        return line
 
     def _begin(self, chunk: Chunk) -> ChunkAttempt:
         ports = self._ports
@@ -152,8 +161,8 @@ class RangeInference:
         self._begun[chunk.index] = attempt
         return attempt
 
-    async def _work(self, lease: EngineLease, lines: Iterator[PendingLine]) -> None:
-        for line in lines:
+    async def _work(self, lease: EngineLease) -> None:
+        while (line := await self._next_line()) is not None:
             answer, verdict, tries = await self._ask(lease, line)
             line.attempt.accept(line, answer, verdict is Verdict.SUCCESS, tries)
             if line.attempt.is_answered or line.attempt.uncommitted >= self._policy.commit_records:
