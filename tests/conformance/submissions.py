@@ -62,7 +62,7 @@ class Submissions:
         """Make a batch. What goes wrong is told to the tests that ask for it."""
         try:
             self._all[name] = create()
-        except Exception as failure:  # noqa: BLE001
+        except Exception as failure:  # noqa: BLE001 - raised again where the test looks
             self._failures[name] = failure
 
     def __getitem__(self, name: str) -> Submission:
@@ -110,7 +110,7 @@ class Submissions:
                 for name, submission in self._all.items():
                     if not submission.has_ended:
                         self._look(submission, *actions.get(name, ()))
-        except Exception as failure:  # noqa: BLE001
+        except Exception as failure:  # noqa: BLE001 - raised again where the test looks
             self._watch_failure = failure
 
     @staticmethod

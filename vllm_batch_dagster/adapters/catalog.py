@@ -225,19 +225,24 @@ def _add_extra(models: tuple[Model, ...], extra: str) -> tuple[Model, ...]:
     return (*models, Model(name=extra, path=resolved, aliases=(short,) if is_free else ()))
 
 
-def ask_served(url: str, api_key: str = "") -> Mapping[str, str]:
-    """Return the names that the server at `url` serves, each with the model behind it. Waits 5 s at most.
-
-    Raises EngineUnavailable when it does not answer, or not as a vLLM server.
-    """
+def fetch_models(url: str, api_key: str, seconds: float = ASK_SECONDS) -> bytes:
+    """Return what the server at `url` answers to GET /v1/models, within `seconds`. Raises what urllib raises."""
     request = urllib.request.Request(f"{url}/v1/models")
     if api_key:
         request.add_header("Authorization", f"Bearer {api_key}")
     # Like our engine client, past any proxy of the environment: engines are neighbours.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=seconds) as response:
+        return bytes(response.read(_MOST_BYTES))
+
+
+def ask_served(url: str, api_key: str = "") -> Mapping[str, str]:
+    """Return the names that the server at `url` serves, each with the model behind it. Waits 5 s at most.
+
+    Raises EngineUnavailable when it does not answer, or not as a vLLM server.
+    """
     try:
-        with opener.open(request, timeout=ASK_SECONDS) as response:
-            cards = msgspec.json.decode(response.read(_MOST_BYTES), type=_Cards)
+        cards = msgspec.json.decode(fetch_models(url, api_key), type=_Cards)
     except urllib.error.HTTPError as error:
         mend = "set ENGINE_API_KEY" if error.code in (401, 403) else "check that ENGINE_URL is a vLLM server"
         raise EngineUnavailable(f"{url}/v1/models answers {error.code}: {mend}") from error

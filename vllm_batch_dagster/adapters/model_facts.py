@@ -6,7 +6,6 @@ downloaded.
 
 import os
 import shlex
-import urllib.request
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_batch_dagster.adapters.catalog import fetch_models
 from vllm_batch_dagster.adapters.chat_templates import read_json
 from vllm_batch_dagster.adapters.tokenizers import EstimatedCounter, load_counter
 from vllm_batch_dagster.core.models import Model
@@ -22,7 +22,6 @@ from vllm_batch_dagster.core.preflight import ContextLength
 from vllm_batch_dagster.core.prompts import TokenCounter
 
 ASK_SECONDS = 3.0
-_MOST_BYTES = 4 << 20
 _KEPT_COUNTERS = 2  # a large vocabulary takes a hundred megabytes
 _OPTION = "--max-model-len"
 # As vLLM looks for them; the smallest holds.
@@ -138,13 +137,8 @@ def read_context(model: Model) -> ContextLength | None:
 
 def ask_lengths(url: str, api_key: str = "") -> Mapping[str, int]:
     """Return the context length of each name that the server at `url` serves; empty when it does not answer."""
-    request = urllib.request.Request(f"{url}/v1/models")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=ASK_SECONDS) as response:
-            cards = msgspec.json.decode(response.read(_MOST_BYTES), type=_Cards)
+        cards = msgspec.json.decode(fetch_models(url, api_key, ASK_SECONDS), type=_Cards)
     except (OSError, ValueError, msgspec.DecodeError):
         return {}
     return {card.id: card.max_model_len for card in cards.data if card.max_model_len}
