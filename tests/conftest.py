@@ -1,5 +1,6 @@
 """What `tests/conformance` and `tests/clients` share: the server under test, and the batches that run on it."""
 
+import signal
 from collections.abc import Iterator
 
 import httpx2
@@ -13,6 +14,14 @@ from tests.target import Target, add_options, read_options, serve_target
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
+
+
+def pytest_configure() -> None:
+    """Heed Ctrl-C even where a shell put us into the background (`make test &` in a script), which ignores it.
+
+    Dagster, when it runs in this process, gives SIGTERM the action of SIGINT, and every child inherits an ignored one.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
