@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import openai
 import pytest
@@ -52,19 +52,21 @@ class Hooks:
         return found()
 
 
-def refuse_without_endpoints(client: openai.OpenAI) -> None:
-    """Skip where the server sends no webhooks at all: then there is nothing of 65 to 69 that it could get wrong."""
+def refuse_without_endpoints(client: openai.OpenAI, config: pytest.Config) -> None:
+    """Skip where another server sends no webhooks at all: then there is nothing of 65 to 69 that it could get wrong."""
     try:
         client.webhooks.list()
     except openai.NotFoundError:
-        pytest.skip("this server has no /v1/webhook_endpoints: it stores the events of batches and sends none yet")
+        if not config.getoption("base_url"):
+            raise
+        pytest.skip("this server has no /v1/webhook_endpoints: it sends no webhooks")
 
 
 @pytest.fixture(scope="module")
-def hooks(target: Target) -> Iterator[Hooks]:
-    """Windows of one minute are an extension: all of it is about the extended server."""
+def hooks(target: Target, request: pytest.FixtureRequest) -> Iterator[Hooks]:
+    """Windows of one minute are an extension: all of it is about the extended server, which is lenient elsewhere."""
     with openai.OpenAI(base_url=target.extended_url, api_key=target.extended_key) as client:
-        refuse_without_endpoints(client)
+        refuse_without_endpoints(client, request.config)
         receiver = Receiver()
         made = {
             name: client.webhooks.create(name=name, url=f"{receiver.url}/{name}", event_types=TYPES)  # type: ignore[arg-type]
@@ -73,7 +75,9 @@ def hooks(target: Target) -> Iterator[Hooks]:
         secrets = {name: [endpoint.signing_secret] for name, endpoint in made.items()}
         rotated = client.webhooks.rotate_secret(made["ok"].id, keep_old_secret_active_for_24_hours=True)
         secrets["ok"].append(rotated.signing_secret)
-        batches = {status: submit(client, INPUTS[name](target)).id for status, name in ENDS.items()}
+        inputs = {status: INPUTS[name](target) for status, name in ENDS.items()}
+        inputs["failed"] = replace(inputs["failed"], parameters={"metadata": {"validation": "strict"}})
+        batches = {status: submit(client, wanted).id for status, wanted in inputs.items()}
         client.batches.cancel(batches["cancelled"])
         yield Hooks(client, receiver, secrets, batches)
         for endpoint in made.values():
