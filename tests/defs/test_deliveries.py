@@ -1,39 +1,18 @@
-"""The `deliveries` asset: what came of each handler, and that none of them can harm a batch."""
+"""The `deliveries` asset: what came of each handler, how it is shown, and that none of them can harm a batch."""
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
-from handlers.base import ResultHandler, Results
+from handlers.base import Results
 from handlers.registry import BrokenHandler
-from tests.defs.graph import Graph, line_of, materialized, refuse, values
+from tests.defs.delivering import DEAD, DELIVERED, PENDING, Handler, asked, install, kept, states
+from tests.defs.graph import Graph, checks, line_of, materialized, refuse, rows, values
 from vllm_batch_dagster.core.states import BatchStatus
-
-
-class Handler(ResultHandler):
-    """Notes what it is given, and answers or raises `outcome`."""
-
-    def __init__(self, name: str, outcome: bool | Exception = True, *, enabled: bool = True) -> None:
-        self._name, self._outcome, self._enabled = name, outcome, enabled
-        self.given: list[tuple[str, list[str], Mapping[str, str]]] = []
-
-    def name(self) -> str:
-        return self._name
-
-    def enabled(self) -> bool:
-        return self._enabled
-
-    def handle(self, batch_id: str, results: Results, metadata: Mapping[str, str]) -> bool:
-        self.given.append((batch_id, [row["custom_id"] for row in results], metadata))
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
-
-
-def install(monkeypatch: pytest.MonkeyPatch, handlers: Sequence[ResultHandler | BrokenHandler]) -> None:
-    monkeypatch.setattr("vllm_batch_dagster.defs.deliveries.load_handlers", lambda: iter(handlers))
 
 
 def test_a_handler_gets_output_then_error_lines_and_the_metadata(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,42 +20,93 @@ def test_a_handler_gets_output_then_error_lines_and_the_metadata(graph: Graph, m
     install(monkeypatch, [good, off])
     graph.engine.reply = lambda request: refuse(request) if line_of(request) == 1 else None
     batch_id = graph.inferred(3, metadata={"team": "search"})
-    assert graph.run("finalize_batch", batch_id).success
+    result = graph.run("finalize_batch", batch_id)
+    assert result.success
     assert good.given == [(batch_id, ["line-0", "line-2", "line-1"], {"team": "search"})]
     assert off.given == []
-    metadata = values(graph.shown("deliveries", batch_id)[0].metadata)
-    assert metadata["delivered"] == 1
-    assert metadata["handlers"] == {"good": "delivered", "off": "off"}
+    metadata = graph.shown("deliveries", batch_id)[0].metadata
+    (row,) = rows(metadata["targets"])
+    assert (row["target"], row["state"], row["attempts"]) == ("handler:good", "delivered", 1)
+    shown = values(metadata)
+    assert (shown["delivered"], shown["pending"], shown["dead"]) == (1, 0, 0)
+    assert shown["unused_handlers"] == {"off": "off"}
+    assert checks(result)["handlers_delivered", batch_id]
+    assert asked(graph, batch_id) == []
 
 
-@pytest.mark.parametrize("outcome", [False, RuntimeError("the service is away")])
-def test_a_failing_handler_fails_the_asset_and_not_the_batch(
-    graph: Graph, monkeypatch: pytest.MonkeyPatch, outcome: bool | Exception
+@pytest.mark.parametrize("outcome", [False, RuntimeError("the service is away"), SystemExit(3)])
+def test_a_failing_handler_fails_a_check_and_nothing_else(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch, outcome: object
 ) -> None:
-    """The others are still served, the data set is still written, and the sensor leaves the batch alone."""
+    """The others are still served, the data set is still written, and the batch is as it was."""
     bad, good = Handler("bad", outcome), Handler("good")
     install(monkeypatch, [bad, good])
     batch_id = graph.inferred(3)
     result = graph.run("finalize_batch", batch_id)
-    assert not result.success
-    assert {asset for asset, _ in materialized(result)} == {"merged_output", "curated_export"}
-    assert graph.shown("deliveries", batch_id) == []
+    assert result.success
+    assert {asset for asset, _ in materialized(result)} == {"merged_output", "deliveries", "curated_export"}
+    assert not checks(result)["handlers_delivered", batch_id]
+    assert checks(result)["webhooks_delivered", batch_id]
+    assert states(graph, batch_id) == {"handler:bad": PENDING, "handler:good": DELIVERED}
     assert len(good.given) == 1
-    failure = str(result.failure_data_for_node("deliveries"))
-    assert "bad" in failure
-    assert str(outcome) in failure
+    told = "did not return True" if outcome is False else str(outcome)
+    assert told in (kept(graph, batch_id)["handler:bad"].last_error or "")
     assert graph.batch(batch_id).status is BatchStatus.COMPLETED
-    assert graph.batch(batch_id).output_file_id is not None
-    assert not graph.tick().run_requests
+
+
+def test_each_attempt_is_in_the_history_of_the_partition(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, [Handler("bad", False), Handler("good")])
+    batch_id = graph.merged(3)
+    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey("deliveries"), asset_partitions=[batch_id])
+    shown = [each.asset_observation for each in graph.instance.fetch_observations(wanted, limit=9).records]
+    found = {str(each.metadata["target"].value): values(each.metadata) for each in shown if each is not None}
+    assert (found["handler:good"]["state"], found["handler:bad"]["state"]) == ("delivered", "pending")
+    assert "did not return True" in found["handler:bad"]["last_error"]
 
 
 def test_a_broken_handler_is_shown_and_harms_nobody(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = Handler("good")
-    install(monkeypatch, [BrokenHandler("missing", "no such module"), good])
-    batch_id = graph.inferred(3)
-    assert graph.run("finalize_batch", batch_id).success
+    install(monkeypatch, [BrokenHandler("missing", "no such module"), Handler("good")])
+    batch_id = graph.merged(3)
     metadata = values(graph.shown("deliveries", batch_id)[0].metadata)
-    assert metadata["handlers"] == {"missing": "broken: no such module", "good": "delivered"}
+    assert metadata["unused_handlers"] == {"missing": "broken: no such module"}
+    assert states(graph, batch_id) == {"handler:good": DELIVERED}
+
+
+def test_a_handler_that_hangs_is_left_to_itself(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are served meanwhile, and the run ends."""
+    released = threading.Event()
+
+    class Hanging(Handler):
+        def handle(self, batch_id: str, results: Results, metadata: Mapping[str, str]) -> bool:
+            return released.wait(60)
+
+    good = Handler("good")
+    install(monkeypatch, [Hanging("hanging"), good])
+    graph.services.settings = graph.services.settings.model_copy(update={"handler_timeout_seconds": 1})
+    batch_id = graph.merged(3)
+    released.set()
+    assert states(graph, batch_id) == {"handler:hanging": PENDING, "handler:good": DELIVERED}
+    assert "no end after 1 s" in (kept(graph, batch_id)["handler:hanging"].last_error or "")
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "given"), [("good", ["good"]), ("good, other", ["good", "other"]), ("none", []), ("", [])]
+)
+def test_the_batch_chooses_its_handlers(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch, asked_for: str, given: list[str]
+) -> None:
+    handlers = [Handler("good"), Handler("other"), Handler("third")]
+    install(monkeypatch, handlers)
+    graph.merged(3, metadata={"handlers": asked_for})
+    assert [handler.name() for handler in handlers if handler.given] == given
+
+
+def test_a_handler_that_does_not_exist_is_seen(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, [Handler("good")])
+    batch_id = graph.merged(3, metadata={"handlers": "godo"})
+    delivery = kept(graph, batch_id)["handler:godo"]
+    assert delivery.state is DEAD
+    assert "installed: good" in (delivery.last_error or "")
 
 
 def test_the_directory_handler_delivers_what_the_output_file_holds(

@@ -1,0 +1,5 @@
+"""See the package."""
+
+from handlers.base import ResultHandler
+
+__all__ = ["ResultHandler"]
