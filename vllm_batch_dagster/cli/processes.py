@@ -49,6 +49,19 @@ def run_workers(code_server: int) -> list[psutil.Process]:
     return [child for child in children if _is_spawned(child)]
 
 
+def orphaned_workers(home: Path, code_servers: Iterable[int]) -> list[psutil.Process]:
+    """Return the run workers of the stack whose code server, one of these pids, is dead. They go on in its group."""
+    groups = frozenset(code_servers)
+    return [process for process in stack_processes(home) if _group_of(process) in groups and _is_spawned(process)]
+
+
+def _group_of(process: psutil.Process) -> int:
+    try:
+        return os.getpgid(process.pid)
+    except OSError:
+        return 0
+
+
 def _is_spawned(process: psutil.Process) -> bool:
     try:
         return any("multiprocessing.spawn" in part for part in process.cmdline())

@@ -1,17 +1,24 @@
-"""Runs the services as one group: starts them in order, watches them, stops all when one dies or we are told to.
+"""Runs the services as one group: starts them in order, starts again what dies, stops all when we are told to.
 
 In: the services of the stack. Out: a sentence when something went wrong, and nothing left running. Called by `up`.
+
+A service that was ready and dies is started again with a growing pause: what it had promised is on disk, and the others
+wait for it (docs/reliability.md). One that dies before it was ever ready, or again and again, ends the stack: then a
+person has to look.
 """
 
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from vllm_batch_dagster.cli.group_log import GroupLog, pump
 from vllm_batch_dagster.cli.processes import (
+    STACK_VARIABLE,
     kill_group,
+    orphaned_workers,
     run_workers,
     stop_processes,
     wait_until,
@@ -23,6 +30,10 @@ from vllm_batch_dagster.cli.state_folder import ServiceRecord
 POLL_SECONDS = 0.1
 PROBE_PAUSE_SECONDS = 0.2
 READY_SECONDS = 180
+# Restarts of one service in a row. A service that has lived STEADY_SECONDS begins a new row.
+MOST_RESTARTS = 5
+STEADY_SECONDS = 60.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0
 # A run that is told to end finishes its journal and its event log; the code server then has nothing to wait for.
 WORKER_GRACE_SECONDS = 20.0
 SERVICE_GRACE_SECONDS = 15.0
@@ -30,13 +41,18 @@ SERVICE_GRACE_SECONDS = 15.0
 
 @dataclass(slots=True)
 class Running:
-    """A started service."""
+    """A started service. `deaths` in a row; `again_at` (monotonic) is when a dead one is due; `earlier` are the pids,
+    and so the process groups, of its earlier lives."""
 
     service: Service
     process: subprocess.Popen[bytes]
     started_at: float
     is_ready: bool = False
+    was_ready: bool = False
     probed_at: float = 0.0
+    deaths: int = 0
+    again_at: float | None = None
+    earlier: list[int] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -70,9 +86,10 @@ class Supervisor:
         return [ServiceRecord(r.name, r.process.pid, r.started_at) for r in self._running]
 
     def run(self) -> str | None:
-        """Start everything and watch it. Returns what went wrong, None when a signal ended it."""
+        """Start everything and keep it alive. Returns what went wrong for good, None when a signal ended it."""
         while not self._signals.is_stopping:
             self._start_due()
+            self._restart_due()
             if failure := self._find_death() or self._find_delay():
                 return failure
             self._probe()
@@ -93,6 +110,19 @@ class Supervisor:
             self._start(service)
 
     def _start(self, service: Service) -> None:
+        self._running.append(Running(service, self._spawn(service), time.time()))
+        self._on_change(self)
+
+    def _restart_due(self) -> None:
+        for running in self._running:
+            if running.again_at is None or time.monotonic() < running.again_at:
+                continue
+            running.earlier.append(running.process.pid)
+            running.process, running.started_at = self._spawn(running.service), time.time()
+            running.again_at = None
+            self._on_change(self)
+
+    def _spawn(self, service: Service) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(
             command_line(service),
             env=self._environment,
@@ -104,29 +134,54 @@ class Supervisor:
         )
         if process.stdout is not None:
             pump(self._log, service.name, process.stdout)
-        self._running.append(Running(service, process, time.time()))
-        self._on_change(self)
+        return process
 
     def _probe(self) -> None:
         for running in self._running:
-            if running.is_ready or time.monotonic() - running.probed_at < PROBE_PAUSE_SECONDS:
+            if running.is_ready or running.again_at or time.monotonic() - running.probed_at < PROBE_PAUSE_SECONDS:
                 continue
             running.probed_at = time.monotonic()
             if running.service.is_ready(running.started_at):
-                running.is_ready = True
+                running.is_ready = running.was_ready = True
+                if running.deaths:
+                    self._log.add(running.name, "ready again")
                 self._on_change(self)
 
     def _find_death(self) -> str | None:
+        """Note who has died. Returns a sentence when it must not be started again."""
         for running in self._running:
             code = running.process.poll()
-            if code is not None:
+            if code is None or running.again_at is not None:
+                continue
+            if not running.was_ready:
                 return self._describe(running, describe_exit(code))
+            if failure := self._note_death(running, describe_exit(code)):
+                return failure
+        return None
+
+    def _note_death(self, running: Running, how: str) -> str | None:
+        """Plan the restart of a service that was ready before. Returns a sentence when it has had enough of them."""
+        running.is_ready = False
+        running.deaths = 1 if time.time() - running.started_at >= STEADY_SECONDS else running.deaths + 1
+        if running.deaths > MOST_RESTARTS:
+            return self._describe(running, f"{how}, its death number {running.deaths} in a row, and is given up")
+        if running.name != "code":  # the runs of a code server are on in its group, and finish
+            kill_group(running.process.pid)
+        pause = pause_before(running.deaths)
+        running.again_at = time.monotonic() + pause
+        self._log.add(running.name, f"this service {how}; it is started again in {pause:.1f} s")
+        self._on_change(self)
         return None
 
     def _find_delay(self) -> str | None:
+        """Kill what should be ready again by now: one more death. Returns a sentence when it never was ready."""
         for running in self._running:
-            if not running.is_ready and time.time() - running.started_at > READY_SECONDS:
+            if running.is_ready or running.again_at or time.time() - running.started_at <= READY_SECONDS:
+                continue
+            if not running.was_ready:
                 return self._describe(running, f"was not ready after {READY_SECONDS} s")
+            running.process.kill()
+            running.process.wait()
         return None
 
     def _describe(self, running: Running, what: str) -> str:
@@ -137,7 +192,10 @@ class Supervisor:
         return f"the service {running.name} {what}; its last words, more of them in {path}:{words}"
 
     def _stop_runs(self, code_server: Running) -> None:
-        stop_processes(run_workers(code_server.process.pid), WORKER_GRACE_SECONDS, lambda: self._signals.is_hurried)
+        workers = run_workers(code_server.process.pid)
+        if code_server.earlier:
+            workers += orphaned_workers(Path(self._environment[STACK_VARIABLE]), code_server.earlier)
+        stop_processes(workers, WORKER_GRACE_SECONDS, lambda: self._signals.is_hurried)
 
     def _stop(self, running: Running) -> None:
         process = running.process
@@ -146,6 +204,11 @@ class Supervisor:
             wait_until(lambda: process.poll() is not None or self._signals.is_hurried, SERVICE_GRACE_SECONDS)
         kill_group(process.pid)
         process.wait()
+
+
+def pause_before(deaths: int) -> float:
+    """Return how long (seconds) to wait before a service that died this often in a row is started again."""
+    return float(min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (deaths - 1)))
 
 
 def describe_exit(code: int) -> str:

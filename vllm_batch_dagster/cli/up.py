@@ -87,6 +87,7 @@ class Announcer:
         self._settings = settings
         self._log = log
         self._began = began
+        self._is_told = False
 
     def announce(self, supervisor: Supervisor) -> None:
         record = StackRecord(
@@ -96,6 +97,7 @@ class Announcer:
             services=supervisor.records(),
         )
         write_record(self._settings.vllm_batch_home, record)
-        if supervisor.is_ready:
+        if supervisor.is_ready and not self._is_told:
+            self._is_told = True
             for line in banner(self._settings, time.time() - self._began, is_detached=False):
                 self._log.show("up", line)

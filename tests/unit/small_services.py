@@ -1,0 +1,53 @@
+"""Small services for the tests of the supervisor, and signals that touch no process."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vllm_batch_dagster.cli.group_log import GroupLog
+from vllm_batch_dagster.cli.processes import STACK_VARIABLE, kill_processes, stack_processes, wait_until
+from vllm_batch_dagster.cli.services import Service
+from vllm_batch_dagster.cli.signals import StopSignals
+from vllm_batch_dagster.cli.supervisor import Supervisor
+
+SLEEP = "import time; print('hello', flush=True); time.sleep(120)"
+
+Stack = Callable[..., Supervisor]
+
+
+class Signals(StopSignals):
+    """Signals that a test raises without touching the process."""
+
+    def raise_one(self) -> None:
+        self._count += 1
+
+
+@contextmanager
+def supervising(folder: Path, log: GroupLog, signals: Signals) -> Iterator[Stack]:
+    """Yield a maker of supervisors; whatever a test leaves behind is killed."""
+    made = []
+
+    def make(*services: Service, on_change: Callable[[Supervisor], None] = lambda _: None) -> Supervisor:
+        env = {**os.environ, STACK_VARIABLE: str(folder)}
+        made.append(Supervisor(services, env, log, signals, on_change))
+        return made[-1]
+
+    yield make
+    for supervisor in made:
+        supervisor.stop()
+    kill_processes(stack_processes(folder))
+
+
+def service(name: str, code: str, *after: str, ready: Callable[[float], bool] = lambda _: True) -> Service:
+    return Service(name, ("-c", code), "green", after, ready)
+
+
+def run_until(supervisor: Supervisor, signals: Signals, is_done: Callable[[], bool]) -> str | None:
+    """Run until `is_done` and then send one signal."""
+    thread = threading.Thread(target=lambda: (wait_until(is_done, 20), signals.raise_one()))
+    thread.start()
+    failure = supervisor.run()
+    thread.join()
+    return failure
