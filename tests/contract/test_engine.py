@@ -204,6 +204,71 @@ async def test_a_hang_is_found_out(rig: Rig, is_health_frozen: bool) -> None:
         assert (await lease.send(a_request(99))).status == 200
 
 
+@pytest.mark.parametrize("code", [0, 3])
+async def test_an_engine_that_ends_by_itself_is_started_again(rig: Rig, code: int) -> None:
+    """Its exit code says nothing: vLLM ends with 0 when its core has died."""
+    async with rig.lease() as lease:
+        rig.fail(exit_after=0, exit_code=code)
+        answers = await send_all(lease, range(4))
+        assert [type(answer) for answer in answers] == [EngineUnavailable] * 4
+        rig.revive()
+        await lease.recover()
+        assert (await lease.send(a_request(99))).status == 200
+
+
+async def test_an_engine_that_fails_everybody_is_sick(rig: Rig) -> None:
+    """It says that it is healthy, and answers 500 to whatever it is asked: no line may be charged for all of it."""
+    async with rig.lease() as lease:
+        rig.fail(is_sick=True)
+        answers = await send_all(lease, range(40))
+        assert len(reached(answers)) < 16
+        assert all(isinstance(answer, EngineAnswer | EngineUnavailable) for answer in answers)
+        rig.revive()
+        await lease.recover()
+        assert (await lease.send(a_request(99))).status == 200
+
+
+async def test_lines_that_fail_among_others_are_no_sickness(rig: Rig) -> None:
+    async with rig.lease() as lease:
+        for number in range(20):
+            rig.fail(fail_next=1)
+            assert (await lease.send(a_request(number))).status == 500
+            assert (await lease.send(a_request(number))).status == 200
+        for _ in range(20):
+            rig.fail(fail_next=1)
+            assert (await lease.send(a_request(1))).status == 500, "one line, again and again"
+    assert rig.starts() <= 1
+
+
+async def test_a_long_prefill_is_no_hang(rig: Rig) -> None:
+    """No token is counted before a prompt has been read; the KV cache fills meanwhile."""
+    async with rig.lease() as lease:
+        rig.fail(prefill_next=1, prefill_seconds=2 * STALL_SECONDS)
+        answer = await lease.send(a_request(1))
+    assert answer.status == 200
+    assert answer.seconds > STALL_SECONDS
+
+
+async def test_an_idle_engine_is_no_hang(rig: Rig) -> None:
+    async with rig.lease() as lease:
+        await lease.send(a_request(0))
+        await asyncio.sleep(1.5 * STALL_SECONDS)
+        assert (await lease.send(a_request(1))).status == 200
+        assert rig.starts() <= 1
+
+
+async def test_sockets_that_the_server_has_just_closed_lose_nothing(tmp_path: Path) -> None:
+    """The keep-alive race: the server closes them while our loop is busy, and they are in the pool when it goes on."""
+    witness = tmp_path / "witness"
+    with SimulatedProcess("--model", "tiny", "--keep-alive", "0.3", "--latency", "0.01", witness=witness) as server:
+        async with connect_engines(server.url).lease(Model("tiny", "somewhere"), lambda _: None) as lease:
+            for burst in range(3):
+                answers = await send_all(lease, range(burst * 40, burst * 40 + 40))
+                assert [answer.status for answer in reached(answers)] == [200] * 40
+                time.sleep(1)  # noqa: ASYNC251  # what is tested is a loop that does not look
+    assert sorted(witness.read_text().split()) == sorted(f"request-{number}" for number in range(120))
+
+
 async def test_a_slow_engine_does_not_hang(rig: Rig) -> None:
     """It works for longer than the stall limit in all, and answers something at every look."""
     async with rig.lease() as lease:
@@ -259,7 +324,7 @@ async def test_it_gives_up_on_a_request_that_kills_every_engine(rig: Rig) -> Non
 
 
 async def test_urgent_lines_go_first(rig: Rig) -> None:
-    """Eight at a time: of forty lines sent in reverse, the most urgent overtake those that wait."""
+    """Eight at a time: while eight long ones hold the engine, 32 lines come in reverse; the most urgent overtake."""
     done: list[int] = []
 
     async def send(lease: EngineLease, number: int) -> None:
@@ -267,7 +332,11 @@ async def test_urgent_lines_go_first(rig: Rig) -> None:
         done.append(number)
 
     async with rig.lease() as lease:
-        await asyncio.gather(*(send(lease, number) for number in reversed(range(40))))
+        rig.fail(prefill_next=SEQUENCES, prefill_seconds=2 * STALL_SECONDS)
+        long_ones = [asyncio.create_task(lease.send(a_request(number))) for number in range(100, 100 + SEQUENCES)]
+        while not rig.witness.exists() or len(rig.received()) < SEQUENCES:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*long_ones, *(send(lease, number) for number in reversed(range(32))))
     assert sum(done[:16]) < sum(done[-16:])
 
 

@@ -4,8 +4,22 @@ In: a model and request lines from the infer stage. Out: the engine's answers, b
 `stop_engine` and `engine_status`. Facts and rules behind all of it: the vLLM engine report, decisions D1-D15.
 """
 
-from vllm_batch_dagster.adapters.engine.control import EngineStatus, engine_status, stop_engine
+from vllm_batch_dagster.adapters.engine.control import (
+    AS_CONFIGURED,
+    EngineStatus,
+    engine_rung,
+    engine_status,
+    stop_engine,
+)
 from vllm_batch_dagster.adapters.engine.manager import manage_engine
 from vllm_batch_dagster.adapters.engine.remote import connect_engines
 
-__all__ = ["EngineStatus", "connect_engines", "engine_status", "manage_engine", "stop_engine"]
+__all__ = [
+    "AS_CONFIGURED",
+    "EngineStatus",
+    "connect_engines",
+    "engine_rung",
+    "engine_status",
+    "manage_engine",
+    "stop_engine",
+]

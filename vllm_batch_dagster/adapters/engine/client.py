@@ -4,7 +4,7 @@ It knows nothing of processes, other servers or retries of lines: `server.Server
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -21,7 +21,9 @@ _CONNECT_SECONDS = 30.0
 PROBE_SECONDS = 5.0
 
 _RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+_KV_USAGE = ("vllm:kv_cache_usage_perc",)
 _TOKENS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+_READ = frozenset((*_RUNNING, *_KV_USAGE, *_TOKENS))
 
 # What aiohttp raises when the connection fails in any way; TimeoutError only from the socket, there is no other limit.
 _NO_ANSWER = (aiohttp.ClientError, OSError, TimeoutError)
@@ -29,14 +31,17 @@ _NO_ANSWER = (aiohttp.ClientError, OSError, TimeoutError)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the engine's own gauges say: requests that it has, and tokens that it has worked off since it started."""
+    """What the engine's own gauges say: requests that it has, tokens that it has worked off since it started, and the
+    share of its KV cache in use, which grows with every step of a long prefill while no token is counted yet."""
 
     requests: float
     tokens: float
+    kv_usage: float = 0.0
 
 
 class _ModelCard(msgspec.Struct):
     id: str
+    max_model_len: int | None = None
 
 
 class _ModelList(msgspec.Struct):
@@ -109,8 +114,11 @@ class EngineClient:
         except _NO_ANSWER:
             return False
 
-    async def served_models(self) -> Sequence[str]:
-        """Return the names in /v1/models. Raises EngineUnavailable, and EngineFailure when it is refused."""
+    async def served_models(self) -> Mapping[str, int]:
+        """Return the names in /v1/models with their context lengths, 0 where it is not said.
+
+        Raises EngineUnavailable, and EngineFailure when it is refused.
+        """
         try:
             async with self._session.get(self._url("/v1/models"), timeout=self._probe) as response:
                 body = await response.read()
@@ -119,11 +127,19 @@ class EngineClient:
         if response.status in (401, 403):
             raise EngineFailure(f"{self.base_url} refuses our key ({response.status}): set ENGINE_API_KEY")
         try:
-            return [card.id for card in msgspec.json.decode(body, type=_ModelList).data]
+            return {card.id: card.max_model_len or 0 for card in msgspec.json.decode(body, type=_ModelList).data}
         except msgspec.DecodeError as error:
             raise EngineFailure(
                 f"{self.base_url}/v1/models answered {response.status} and no list of models: is it a vLLM server?"
             ) from error
+
+    async def context_length(self) -> int | None:
+        """Return the shortest context of the served models, None when the server does not say."""
+        try:
+            served = await self.served_models()
+        except EngineFailure:
+            return None
+        return min((length for length in served.values() if length), default=None)
 
     async def load(self) -> Load | None:
         """Read /metrics; None when it does not say (no vLLM gauges, or no answer)."""
@@ -141,7 +157,8 @@ class EngineClient:
         return url
 
     def _unavailable(self, error: BaseException) -> EngineUnavailable:
-        return EngineUnavailable(f"no answer from {self.base_url}: {type(error).__name__}: {error}")
+        was_sent = not isinstance(error, aiohttp.ClientConnectorError)
+        return EngineUnavailable(f"no answer from {self.base_url}: {type(error).__name__}: {error}", was_sent=was_sent)
 
 
 def _headers(request: EngineRequest) -> Mapping[str, str]:
@@ -164,11 +181,12 @@ def read_load(text: str) -> Load | None:
     sums: dict[str, float] = {}
     for line in text.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
-        if name in _RUNNING or name in _TOKENS:
+        if name in _READ:
             sums[name] = sums.get(name, 0.0) + _number(line.rpartition(" ")[2])
     if not all(name in sums for name in _TOKENS):
         return None
-    return Load(sum(sums.get(name, 0.0) for name in _RUNNING), sum(sums[name] for name in _TOKENS))
+    requests, tokens, usage = (sum(sums.get(name, 0.0) for name in names) for names in (_RUNNING, _TOKENS, _KV_USAGE))
+    return Load(requests, tokens, usage)
 
 
 def _number(text: str) -> float:

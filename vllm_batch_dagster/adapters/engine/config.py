@@ -13,8 +13,9 @@ Device = Literal["cpu", "cuda"]
 class EngineConfig:
     """Settings of our own engine; durations in seconds, 0 in `max_*` means the default of the device.
 
-    `folder` holds the engine's record, locks and log. `extra_args` is written as on a command line and wins over
-    what we pass. `command` replaces `vllm serve` altogether: see `launch.plan_launch` for its placeholders.
+    `folder` holds the engine's record, locks, log and the ladder's memory; `start_tries` bounds a climb. `extra_args`
+    is written as on a command line and wins over what we pass. `command` replaces `vllm serve` altogether: see
+    `launch.plan_launch` for its placeholders.
     """
 
     folder: Path
@@ -31,6 +32,7 @@ class EngineConfig:
     cpu_kvcache_gib: int = 2
     command: tuple[str, ...] | None = None
     health_seconds: float = 2.0
+    start_tries: int = 3
 
 
 def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> Device:

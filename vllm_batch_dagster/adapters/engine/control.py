@@ -10,6 +10,8 @@ from vllm_batch_dagster.adapters.engine.launch import DRAIN_SECONDS
 from vllm_batch_dagster.adapters.engine.locks import hold_within, try_hold
 from vllm_batch_dagster.adapters.engine.loopback import HOST
 
+AS_CONFIGURED = "as configured"
+
 _LOCK_SECONDS = 5.0
 _HEALTH_SECONDS = 2.0
 _START_GRACE_SECONDS = 3.0
@@ -17,7 +19,8 @@ _START_GRACE_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """A living engine. Times are unix seconds; `in_use` says that a run holds it."""
+    """A living engine. Times are unix seconds; `in_use` says that a run holds it. `rung` is what the memory ladder
+    changed of its settings, "as configured" for nothing; `max_model_len` its context in tokens, 0 while it starts."""
 
     model: str
     pid: int
@@ -29,6 +32,8 @@ class EngineStatus:
     last_used: float
     log: Path
     command: tuple[str, ...]
+    rung: str
+    max_model_len: int
 
 
 def engine_status(folder: Path) -> EngineStatus | None:
@@ -48,7 +53,16 @@ def engine_status(folder: Path) -> EngineStatus | None:
         last_used=files.last_used(),
         log=files.log,
         command=record.command,
+        rung=record.rung_words or AS_CONFIGURED,
+        max_model_len=record.max_model_len,
     )
+
+
+def engine_rung(folder: Path) -> str:
+    """Return what the memory ladder changed of the engine that ran last; AS_CONFIGURED for nothing, empty when none
+    ran. Asks nobody."""
+    record = EngineFolder(folder).read()
+    return "" if record is None else record.rung_words or AS_CONFIGURED
 
 
 def stop_engine(folder: Path) -> str | None:

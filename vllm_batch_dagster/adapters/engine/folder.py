@@ -5,6 +5,7 @@ queue.lock    newcomers wait here in line for the engine (held while they wait f
 start.lock    held by who starts, stops or replaces the process
 engine.lock   shared: somebody uses the engine; exclusive: nobody does, and it may be swapped or stopped
 engine.log    output of the engine, appended
+rungs.json    the rung of the memory ladder that worked, per model and device
 last_used     its modification time is when the engine was last used
 """
 
@@ -24,13 +25,18 @@ from vllm_batch_dagster.adapters.engine.processes import (
     stop_group,
 )
 from vllm_batch_dagster.core.errors import StorageFailure
+from vllm_batch_dagster.core.ladder import Rung
 
 _LOG_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """A process that was started as the engine. `serial` differs for every start; `pid` 0: about to be started."""
+    """A process that was started as the engine. `serial` differs for every start; `pid` 0: about to be started.
+
+    `log_offset` and `served_from` say where its log begins, and where it stood when it was ready; `rung_words` what of
+    its memory settings differs from the configured ones.
+    """
 
     serial: str
     fingerprint: str
@@ -45,6 +51,10 @@ class EngineRecord:
     process_start: str = ""
     members: tuple[Member, ...] = ()
     is_ready: bool = False
+    rung: Rung | None = None
+    rung_words: str = ""
+    max_model_len: int = 0
+    served_from: int = 0
 
     @property
     def url(self) -> str:
@@ -87,6 +97,10 @@ class EngineFolder:
         return self.root / "engine.log"
 
     @property
+    def rungs(self) -> Path:
+        return self.root / "rungs.json"
+
+    @property
     def _record(self) -> Path:
         return self.root / "engine.json"
 
@@ -109,18 +123,30 @@ class EngineFolder:
             return None
 
     def write(self, record: EngineRecord) -> None:
-        """Replace the record durably."""
-        partial = self._record.with_suffix(".partial")
+        """Replace the record durably. Raises StorageFailure."""
+        try:
+            self.replace_file(self._record, msgspec.json.encode(record))
+        except OSError as error:
+            raise StorageFailure(f"cannot write the engine's record into {self.root}: {error}") from error
+
+    def replace_file(self, path: Path, content: bytes) -> None:
+        """Replace a JSON file of the folder durably. Raises OSError."""
+        partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(record), indent=2))
+            file.write(msgspec.json.format(content, indent=2))
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self._record)
+        partial.replace(path)
         self._sync()
 
     def forget(self) -> None:
         """Remove the record."""
         self._record.unlink(missing_ok=True)
+
+    def pids(self) -> set[int]:
+        """Return the living processes of the engine that is on record."""
+        record = self.read()
+        return {pid for pid, _start in members_of(record.pid)} if record is not None and record.groups() else set()
 
     def living_groups(self) -> set[int]:
         """Return every process group that is an engine of this folder, also one whose record was never written."""
@@ -153,12 +179,16 @@ class EngineFolder:
     def idle_seconds(self) -> float:
         return max(0.0, time.time() - self.last_used())
 
-    def roll_log(self) -> int:
-        """Keep one old log when the log has grown long. Returns the offset at which a new engine will write."""
+    def log_size(self) -> int:
+        """Return how long the log is, in bytes."""
         try:
-            size = self.log.stat().st_size
+            return self.log.stat().st_size
         except FileNotFoundError:
             return 0
+
+    def roll_log(self) -> int:
+        """Keep one old log when the log has grown long. Returns the offset at which a new engine will write."""
+        size = self.log_size()
         if size < _LOG_BYTES:
             return size
         self.log.replace(self.log.with_suffix(".log.1"))

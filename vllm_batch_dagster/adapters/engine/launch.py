@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from vllm_batch_dagster.adapters.engine.config import Device, EngineConfig
 from vllm_batch_dagster.core.errors import ConfigurationError
+from vllm_batch_dagster.core.ladder import Rung, highest_share
 from vllm_batch_dagster.core.models import Model
 
 # API-server defaults are latency values on a 16 GB card (engine report D11, 4.1), so we state ours.
@@ -25,22 +26,39 @@ WINDOW_PER_SEQUENCE = 2
 DRAIN_SECONDS = 30
 
 # Options that decide how we reach the server. Setting them would make us wait for one that is not there.
+_KV_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 _OURS = ("--host", "--port", "--uds", "--api-key", "--ssl-keyfile", "--ssl-certfile", "--root-path")
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How to start the server of one model. `argv` still has the placeholder `{port}`; `env` is what we add."""
+    """How to start the server of one model. `argv` still has the placeholder `{port}`; `env` is what we add.
+
+    `top` are the memory settings that these say; `highest_share` is how much of the device the ladder may take.
+    `states_context`: the arguments name a context length, so vLLM does not choose one.
+    """
 
     model: Model
+    device: Device
     argv: tuple[str, ...]
     env: Mapping[str, str]
-    max_num_seqs: int
+    top: Rung
+    highest_share: float
+    states_context: bool
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.top.max_num_seqs
 
     @property
     def window(self) -> int:
-        """How many requests to keep in flight."""
+        """How many requests to keep in flight, as configured."""
         return WINDOW_PER_SEQUENCE * self.max_num_seqs
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """A pooling model reads its whole input in one step."""
+        return self.model.task != "generate"
 
     @property
     def fingerprint(self) -> str:
@@ -48,9 +66,19 @@ class Launch:
         content = json.dumps([self.model.name, self.argv, sorted(self.env.items())])
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def at(self, port: int) -> list[str]:
-        """Return the command line that listens on `port`."""
-        return [part.replace("{port}", str(port)) for part in self.argv]
+    def at(self, port: int, rung: Rung | None = None) -> list[str]:
+        """Return the command line that listens on `port`, with the memory settings of `rung` (`top` by default) behind
+        the configured ones: vLLM takes the last."""
+        argv = [part.replace("{port}", str(port)) for part in self.argv]
+        for name, value in (rung or self.top).changes(self.top).items():
+            if name != "cpu_kvcache_gib":
+                option = f"--{name.replace('_', '-')}"
+                argv += [option] if isinstance(value, bool) else [option, f"{value:g}"]
+        return argv
+
+    def env_at(self, rung: Rung) -> dict[str, str]:
+        """Return what we add to the environment at `rung`."""
+        return {**self.env, **({_KV_VARIABLE: str(rung.cpu_kvcache_gib)} if rung.cpu_kvcache_gib else {})}
 
 
 def plan_launch(config: EngineConfig, device: Device, model: Model, *, is_local: bool) -> Launch:
@@ -67,7 +95,40 @@ def plan_launch(config: EngineConfig, device: Device, model: Model, *, is_local:
         argv = _vllm_argv(config, device, model, default, user_args)
     else:
         argv = _fill(config.command, config, model, seqs, user_args)
-    return Launch(model, argv, _environment(config, device, is_local=is_local), seqs)
+    return Launch(
+        model=model,
+        device=device,
+        argv=argv,
+        env=_environment(config, device, is_local=is_local),
+        top=_top_rung(config, device, seqs, user_args),
+        highest_share=highest_share(
+            _share(config, user_args), is_argument=_last_value(user_args, "--gpu-memory-utilization") is not None
+        ),
+        states_context=_last_value(user_args, "--max-model-len") not in (None, "auto", "-1"),
+    )
+
+
+def _top_rung(config: EngineConfig, device: Device, seqs: int, user_args: Sequence[str]) -> Rung:
+    """Return the configured memory settings. A value that is not a plain number is vLLM's to read: the ladder leaves
+    that setting alone."""
+    stated = _last_value(user_args, "--max-num-batched-tokens")
+    tokens = config.max_num_batched_tokens or (_GPU_BATCHED_TOKENS if device == "cuda" else 0)
+    if stated is not None:
+        tokens = int(stated) if stated.isdecimal() else 0
+    return Rung(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        gpu_memory_utilization=_share(config, user_args) if device == "cuda" else 0.0,
+        cpu_kvcache_gib=config.cpu_kvcache_gib if device == "cpu" else 0,
+        enforce_eager=device == "cpu" or any(_option_name(arg) == "--enforce-eager" for arg in user_args),
+    )
+
+
+def _share(config: EngineConfig, user_args: Sequence[str]) -> float:
+    try:
+        return float(_last_value(user_args, "--gpu-memory-utilization") or config.gpu_memory_utilization)
+    except ValueError:
+        return 0.0
 
 
 def _user_args(config: EngineConfig, model: Model) -> tuple[str, ...]:
@@ -93,11 +154,18 @@ def _option_name(arg: str) -> str:
     return arg.partition("=")[0].replace("_", "-")
 
 
-def _last_int(args: Sequence[str], option: str, default: int) -> int:
-    value = str(default)
+def _last_value(args: Sequence[str], option: str) -> str | None:
+    value = None
     for arg, following in pairwise((*args, "")):
         if _option_name(arg) == option:
             value = arg.partition("=")[2] if "=" in arg else following
+    return value
+
+
+def _last_int(args: Sequence[str], option: str, default: int) -> int:
+    value = _last_value(args, option)
+    if value is None:
+        return default
     if not value.isdecimal() or int(value) < 1:
         raise ConfigurationError(f"{option} must be a number of at least 1, not {value!r}")
     return int(value)
@@ -162,5 +230,5 @@ def _environment(config: EngineConfig, device: Device, *, is_local: bool) -> dic
     if is_local:
         env["HF_HUB_OFFLINE"] = "1"
     if device == "cpu":
-        env["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kvcache_gib)
+        env[_KV_VARIABLE] = str(config.cpu_kvcache_gib)
     return env

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from vllm_batch_dagster.adapters.engine.client import EngineClient
 from vllm_batch_dagster.adapters.engine.config import EngineConfig
 from vllm_batch_dagster.adapters.engine.folder import EngineRecord
-from vllm_batch_dagster.adapters.engine.launch import Launch
+from vllm_batch_dagster.adapters.engine.launch import WINDOW_PER_SEQUENCE, Launch
 from vllm_batch_dagster.adapters.engine.locks import hold
+from vllm_batch_dagster.adapters.engine.logtail import last_said
 from vllm_batch_dagster.adapters.engine.recovery import Recovery
 from vllm_batch_dagster.adapters.engine.server import Pace, Server
 from vllm_batch_dagster.adapters.engine.starter import Starter
@@ -30,7 +31,7 @@ class OwnLease:
 
     @property
     def window(self) -> int:
-        return self._launch.window
+        return WINDOW_PER_SEQUENCE * self._record.max_num_seqs
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator["OwnLease"]:
@@ -44,27 +45,38 @@ class OwnLease:
     async def send(self, request: EngineRequest) -> EngineAnswer:
         return await self._recovery.watch(self._server.send(request))
 
-    async def recover(self) -> None:
-        await self._recovery.run()
+    async def context_length(self) -> int | None:
+        return await self._server.client.context_length()
 
-    async def _bring_back(self, tries: int) -> None:
-        """Connect again to the engine, or to the one that another user has started meanwhile, or start one.
+    async def recover(self, limit: int | None = None) -> str:
+        return await self._recovery.run(limit)
+
+    async def _bring_back(self, tries: int) -> str:
+        """Connect again to the engine, or to the one that another user has started meanwhile, or start one. Returns
+        what can be seen of the old one.
 
         An engine that was declared down is not trusted again, nor one that failed twice without an answer between.
         """
         serial = self._record.serial
         distrusted = serial if self._server.down is not None or tries > 1 else ""
         start = await hold(self._starter.folder.start_lock, on_wait=lambda _waited: None)
+        seen = self._last_words()
         try:
             self._report(f"the engine of {self._launch.model.name} gave no answer: {self._server.down or 'reset'}")
             self._record = await self._starter.ensure(self._launch, self._report, distrusted=distrusted)
         finally:
             start.release()
         if self._record.serial == serial and self._server.down is None:
-            return  # Only some connections broke: the rest of what is in flight goes on.
+            return ""  # Only some connections broke: the rest of what is in flight goes on.
         await self._server.close()
         self._server = self._connect()
         self._server.open()
+        return seen
+
+    def _last_words(self) -> str:
+        state = "its process still ran" if self._record.is_alive else "its process had ended"
+        said = last_said(self._starter.folder.log, self._record.log_offset)
+        return f"{state}; its log ended with: {said or 'nothing'}"
 
     def _connect(self) -> Server:
         return Server(

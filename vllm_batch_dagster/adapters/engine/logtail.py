@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-_TAIL_BYTES = 64 << 10
+_TAIL_BYTES = 256 << 10
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 LAST_LINES = 30
+CLASSIFIED_LINES = 4000
 
 
 def read_tail(log: Path, offset: int, lines: int = LAST_LINES) -> list[str]:

@@ -22,7 +22,9 @@ from vllm_batch_dagster.adapters.engine.folder import EngineFolder, EngineRecord
 from vllm_batch_dagster.adapters.engine.launch import DRAIN_SECONDS, Launch, plan_launch
 from vllm_batch_dagster.adapters.engine.lease import OwnLease
 from vllm_batch_dagster.adapters.engine.locks import Hold, hold, hold_within, try_hold
-from vllm_batch_dagster.adapters.engine.starter import REPORT_SECONDS, Starter
+from vllm_batch_dagster.adapters.engine.readiness import REPORT_SECONDS
+from vllm_batch_dagster.adapters.engine.rungs import Ladder
+from vllm_batch_dagster.adapters.engine.starter import Starter
 from vllm_batch_dagster.core.errors import BatchError
 from vllm_batch_dagster.core.models import Model
 from vllm_batch_dagster.core.ports import EngineLease, EngineManager, Report
@@ -41,7 +43,7 @@ class OwnEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._folder = EngineFolder(config.folder)
-        self._starter = Starter(config, self._folder)
+        self._starter = Starter(config, self._folder, Ladder(self._folder, config.start_tries))
 
     def lease(self, model: Model, report: Report) -> AbstractAsyncContextManager[EngineLease]:
         """See EngineManager.lease. Raises EngineStartFailed, ConfigurationError for arguments that cannot work."""
@@ -104,7 +106,7 @@ class OwnEngine:
         if use is None:
             return None
         try:
-            await self._starter.stop(report)
+            await self._starter.stop(launch, report)
             return use if use.share() else None
         except BaseException:
             use.release()
@@ -126,7 +128,7 @@ class OwnEngine:
             launch = self._plan(model)
             with self._alone() as is_alone:
                 if is_alone and not self._folder.living_groups():
-                    self._starter.start(launch, report)
+                    self._starter.warm(launch, report)
         except BatchError as error:
             report(f"the engine of {model.name} was not started ahead of its first chunk: {error}")
 

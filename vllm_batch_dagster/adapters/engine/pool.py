@@ -1,14 +1,14 @@
 """Several servers of somebody else as one: which of them may get a request, and when one that failed may again."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tenacity import AsyncRetrying, RetryError, retry_if_result, stop_after_delay, wait_exponential
 
 from vllm_batch_dagster.adapters.engine.client import EngineClient
 from vllm_batch_dagster.adapters.engine.server import Pace, Server
-from vllm_batch_dagster.core.errors import EngineFailure, EngineUnavailable
+from vllm_batch_dagster.core.errors import EngineFailure, EngineUnavailable, EngineUnreachable
 from vllm_batch_dagster.core.models import Model
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineRequest, Report
 
@@ -57,7 +57,7 @@ class Pool:
         """Send to the server in use with the fewest requests of ours. Raises EngineUnavailable."""
         usable = [member for member in self._members if member.server.down is None]
         if not usable:
-            raise EngineUnavailable(self._why_none())
+            raise EngineUnavailable(self._why_none(), was_sent=False)
         member = min(usable, key=lambda each: each.server.outstanding)
         try:
             answer = await member.server.send(request)
@@ -66,6 +66,13 @@ class Pool:
             raise
         member.strikes = 0
         return answer
+
+    async def context_length(self) -> int | None:
+        """The shortest of the servers in use: any of them may get a request. None when one of them does not say."""
+        usable = [member.server.client for member in self._members if member.server.down is None]
+        lengths = await asyncio.gather(*(client.context_length() for client in usable))
+        known = [length for length in lengths if length is not None]
+        return min(known) if known and len(known) == len(lengths) else None
 
     async def _leave_out(self, member: _Member, why: str) -> None:
         """Open the circuit, unless only one connection broke and the server is well."""
@@ -89,7 +96,7 @@ class Pool:
             await waiting(self._admit_all)
         except RetryError as error:
             waited = f"after {self._start_seconds:.0f} s (ENGINE_START_SECONDS)"
-            raise EngineFailure(f"{self._why_none()} {waited}") from error
+            raise EngineUnreachable(f"{self._why_none()} {waited}") from error
 
     async def _admit_all(self) -> bool:
         """Ask every server that is left out; True when one is usable. Raises EngineFailure when all refuse for good."""
@@ -97,7 +104,7 @@ class Pool:
         if any(member.server.down is None for member in self._members):
             return True
         if all(member.refusal for member in self._members):
-            raise EngineFailure("; ".join(member.refusal for member in self._members))
+            raise EngineUnreachable("; ".join(member.refusal for member in self._members))
         return False
 
     async def _admit(self, member: _Member) -> None:
@@ -115,7 +122,7 @@ class Pool:
         if not member.refusal:
             server.admit()
 
-    def _misses(self, server: Server, served: Sequence[str]) -> str:
+    def _misses(self, server: Server, served: Collection[str]) -> str:
         if set(self._model.names).intersection(served):
             return ""
         return (

@@ -13,18 +13,19 @@ _PAUSE_SECONDS = 1.0
 class Recovery:
     """Runs `bring_back` once for all failures of one generation; a recovery begins the next generation.
 
-    `bring_back` gets the number of recoveries since the last good answer, beginning at 1. After `limit` of those it is
-    not called again: the engine comes back and dies on the same work each time.
+    `bring_back` gets the number of recoveries since the last good answer, beginning at 1, and returns what it saw of
+    the dead engine. After `limit` of those it is not called again: the engine comes back and dies on the same work each
+    time. Who looks for the work that kills it asks for a higher limit.
     """
 
-    def __init__(self, bring_back: Callable[[int], Awaitable[None]], limit: int) -> None:
+    def __init__(self, bring_back: Callable[[int], Awaitable[str]], limit: int) -> None:
         self.generation = 0
         self._failed = -1
         self._bring_back = bring_back
         self._limit = limit
         self._since_answer = 0
         self._running: asyncio.Task[None] | None = None
-        self._last_failure = ""
+        self._last_failure = self._seen = ""
         self._clock = asyncio.get_running_loop().time
         self._not_before = 0.0
 
@@ -49,16 +50,17 @@ class Recovery:
         """The engine did some work."""
         self._since_answer = 0
 
-    async def run(self) -> None:
-        """Return when the generation after the failed one has begun. Raises what `bring_back` raises, EngineFailure
-        when the limit is reached."""
+    async def run(self, limit: int | None = None) -> str:
+        """Return when the generation after the failed one has begun: with what was seen of the last death. Raises what
+        `bring_back` raises, EngineFailure when the limit is reached."""
         if self._failed < self.generation:
-            return
+            return self._seen
         if self._running is None:
-            self._running = asyncio.create_task(self._recover())
+            self._running = asyncio.create_task(self._recover(limit or self._limit))
             self._running.add_done_callback(self._forget)
         # Shielded: one caller that is cancelled must not take the recovery from the others.
         await asyncio.shield(self._running)
+        return self._seen
 
     async def close(self) -> None:
         """Stop a recovery that nobody waits for any more."""
@@ -66,15 +68,17 @@ class Recovery:
             self._running.cancel()
             await asyncio.wait([self._running])
 
-    async def _recover(self) -> None:
-        if self._since_answer >= self._limit:
+    async def _recover(self, limit: int) -> None:
+        if self._since_answer >= limit:
             raise EngineFailure(
                 f"the engine was brought back {self._since_answer} times without one answer between; "
                 f"last failure: {self._last_failure}"
             )
         await asyncio.sleep(max(0.0, self._not_before - self._clock()))
         self._since_answer += 1
-        await self._bring_back(self._since_answer)
+        failure = self._last_failure
+        words = await self._bring_back(self._since_answer)
+        self._seen = "; ".join(filter(None, (failure, words)))
         self._not_before = self._clock() + _PAUSE_SECONDS
         self.generation += 1
 

@@ -113,11 +113,15 @@ class RemoteLease:
     async def send(self, request: EngineRequest) -> EngineAnswer:
         return await self._recovery.watch(self._pool.send(request))
 
-    async def recover(self) -> None:
-        await self._recovery.run()
+    async def context_length(self) -> int | None:
+        return await self._pool.context_length()
+
+    async def recover(self, limit: int | None = None) -> str:
+        return await self._recovery.run(limit)
 
     async def close(self) -> None:
         await self._recovery.close()
 
-    async def _bring_back(self, _tries: int) -> None:
+    async def _bring_back(self, _tries: int) -> str:
         await self._pool.wait_for_one(self._report)
+        return ""

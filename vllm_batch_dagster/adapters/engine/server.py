@@ -2,6 +2,7 @@
 
 Clients of a dying or frozen vLLM may get neither an answer nor a reset (engine report D8). So a server is watched from
 beside: by /health, and by the progress of its token counters. Declaring it down ends everything in flight at once.
+One that answers 500 to everybody and calls itself healthy is declared down as well.
 """
 
 import asyncio
@@ -16,6 +17,9 @@ from vllm_batch_dagster.core.retry import Verdict, judge
 _REFUSALS = 2
 _CLOSED_DOORS = frozenset({401, 403})
 _LONGEST_PROGRESS_LOOK = 10.0
+# So many different requests in a row with a 500 are not about the requests.
+_SICK_AFTER = 16
+_OVERLOAD = 503
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Server:
         self._pace = pace
         self._on_watch = on_watch
         self._answers = 0
+        self._refused: set[str] = set()
         self._flying: set[asyncio.Timeout] = set()
         self._watch: asyncio.Task[None] | None = None
 
@@ -51,6 +56,7 @@ class Server:
     def admit(self) -> None:
         """Send to it again."""
         self.down = None
+        self._refused.clear()
 
     def open(self) -> None:
         """Begin to watch. `on_watch` is called at every look."""
@@ -67,16 +73,27 @@ class Server:
     async def send(self, request: EngineRequest) -> EngineAnswer:
         """Return the answer. Raises EngineUnavailable when none will come, or when it says that the engine died."""
         if self.down is not None:
-            raise EngineUnavailable(self.down)
+            raise EngineUnavailable(self.down, was_sent=False)
         answer = await self._exchange(request)
         if answer.status in _CLOSED_DOORS or 300 <= answer.status < 400:
             # A wrong key or a login page: about us, not about the line.
             self.declare_down(f"{self.client.base_url} answers {answer.status}: check ENGINE_URL and ENGINE_API_KEY")
-            raise EngineUnavailable(self.down or "")
-        if answer.status >= 500:
+            raise EngineUnavailable(self.down or "", was_sent=False)
+        if answer.status >= 500 or b'"abort"' in answer.body:
             await self._suspect(answer)
-        self._answers += 1
+        self._note(request, answer)
         return answer
+
+    def _note(self, request: EngineRequest, answer: EngineAnswer) -> None:
+        """Count the answer, and those in a row that were none of the request's own. Raises EngineUnavailable."""
+        self._answers += 1
+        if answer.status < 500:
+            self._refused.clear()
+        elif answer.status != _OVERLOAD:
+            self._refused.add(request.request_id)
+        if len(self._refused) >= _SICK_AFTER:
+            self.declare_down(f"{self.client.base_url} answered {answer.status} to {_SICK_AFTER} requests in a row")
+            raise EngineUnavailable(self.down or "")
 
     async def _exchange(self, request: EngineRequest) -> EngineAnswer:
         scope = asyncio.timeout(None)
@@ -90,7 +107,7 @@ class Server:
             self._flying.discard(scope)
 
     async def _suspect(self, answer: EngineAnswer) -> None:
-        """An engine that dies answers 500 first, to everything in flight: such an answer is none."""
+        """An engine that dies answers 500 first, or aborts, everything in flight: such an answer is none."""
         if judge(answer) is Verdict.ENGINE_DOWN:
             self.declare_down(f"{self.client.base_url} says that its engine is gone ({answer.status})")
         elif not await self.client.is_healthy():
@@ -132,7 +149,7 @@ class _Life:
 
 
 class _Progress:
-    """An engine that has our requests, but neither answers nor works off tokens, hangs.
+    """An engine that has our requests, but neither answers nor works off tokens nor fills its KV cache, hangs.
 
     It does not ask for running requests: an engine that froze while idle never counts those that came later.
     """
@@ -142,7 +159,7 @@ class _Progress:
         self._stall = pace.stall_seconds
         self._interval = min(_LONGEST_PROGRESS_LOOK, pace.stall_seconds / 4)
         self._looked = self._moved = self._clock()
-        self._mark: tuple[float, int] | None = None
+        self._mark: tuple[Load, int] | None = None
 
     def is_due(self, has_work: bool) -> bool:
         now = self._clock()
@@ -153,7 +170,7 @@ class _Progress:
 
     def judge(self, load: Load | None, answers: int) -> str | None:
         self._looked = now = self._clock()
-        mark = (load.tokens, answers) if load is not None else None
+        mark = (load, answers) if load is not None else None
         if mark is None or mark != self._mark:
             self._mark, self._moved = mark, now
         if now - self._moved < self._stall or load is None:

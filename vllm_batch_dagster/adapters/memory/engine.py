@@ -11,8 +11,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import msgspec
 
 from vllm_batch_dagster.adapters.simulated.answers import Limits, Refused, answer_request
+from vllm_batch_dagster.core.errors import EngineUnavailable
 from vllm_batch_dagster.core.models import Model
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineLease, EngineRequest, Report
+from vllm_batch_dagster.core.retry import Verdict, judge
 
 Faults = Callable[[EngineRequest], EngineAnswer | Exception | None]
 """Returns what the engine answers, an exception that `send` raises, or None for the ordinary answer."""
@@ -76,19 +78,26 @@ class EchoEngine:
     def window(self) -> int:
         return self._window
 
+    @property
+    def context_length(self) -> int:
+        return self._longest
+
     async def answer(self, model: Model, request: EngineRequest) -> EngineAnswer:
         """Raises what `faults` says."""
         await asyncio.sleep(self._latency)
         fault = self._faults(request) if self._faults else None
         if isinstance(fault, Exception):
             raise fault
+        if fault is not None and judge(fault) is Verdict.ENGINE_DOWN:
+            raise EngineUnavailable("the echo engine says that it is gone")
         return fault or _echo(request, Limits(model.names, self._longest), self._latency)
 
-    async def recover(self) -> None:
+    async def recover(self) -> str:
         """Many callers at once share one restart. Raises what `on_recover` raises."""
         if self._restart is None or self._restart.done():
             self._restart = asyncio.create_task(self._restart_once())
         await asyncio.shield(self._restart)
+        return "the echo engine was told to die"
 
     async def _restart_once(self) -> None:
         self.recoveries += 1
@@ -109,8 +118,11 @@ class EchoLease:
     async def send(self, request: EngineRequest) -> EngineAnswer:
         return await self._engine.answer(self._model, request)
 
-    async def recover(self) -> None:
-        await self._engine.recover()
+    async def context_length(self) -> int | None:
+        return self._engine.context_length
+
+    async def recover(self, limit: int | None = None) -> str:
+        return await self._engine.recover()
 
 
 def _echo(request: EngineRequest, limits: Limits, seconds: float) -> EngineAnswer:

@@ -1,6 +1,7 @@
 """`python -m vllm_batch_dagster.adapters.simulated --port 8000`: serve until SIGTERM or SIGINT.
 
-In: options, and faults in SIMULATED_FAULTS. Out: a server on loopback that looks like vLLM and says that it is not.
+In: options, faults in SIMULATED_FAULTS, the witness log in SIMULATED_WITNESS. Out: a server on loopback that looks like
+vLLM and says that it is not.
 """
 
 import argparse
@@ -8,20 +9,23 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aiohttp import web
 
 from vllm_batch_dagster.adapters.simulated.faults import VARIABLE, read_faults
 from vllm_batch_dagster.adapters.simulated.server import Options, SimulatedEngine
+from vllm_batch_dagster.adapters.simulated.start_logs import fail_if_told
 
 _LOOPBACK = "127.0.0.1"
+_WITNESS_VARIABLE = "SIMULATED_WITNESS"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the server. Raises SystemExit for wrong arguments."""
     args = _parser().parse_args(argv)
+    fail_if_told(read_faults(os.environ.get(VARIABLE, "")), read_knobs(args))
     options = Options(
         models=tuple(args.model or ["simulated"]),
         latency=args.latency,
@@ -35,6 +39,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     asyncio.run(_serve(options, args.port, args.start_seconds, args.keep_alive))
 
 
+def read_knobs(args: argparse.Namespace) -> Mapping[str, float]:
+    """Return the memory settings of the command line and the environment, by the names of `Faults.start_needs`."""
+    return {
+        "max_num_seqs": args.max_num_seqs,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "raised_utilization": args.gpu_memory_utilization,
+        "enforce_eager": float(args.enforce_eager),
+        "cpu_kvcache_gib": float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0),
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vllm_batch_dagster.adapters.simulated", description=__doc__)
     parser.add_argument("--port", type=int, required=True, help="loopback port")
@@ -45,7 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-num-seqs", type=int, default=128, help="requests at once; the others wait")
     parser.add_argument("--max-model-len", type=int, default=2048, help="longest prompt, in words")
-    parser.add_argument("--witness", type=Path, metavar="FILE", help="append the X-Request-Id of every request")
+    witness = os.environ.get(_WITNESS_VARIABLE) or None
+    witness_help = f"append the X-Request-Id of every request (default: {_WITNESS_VARIABLE})"
+    parser.add_argument("--witness", type=Path, default=witness, metavar="FILE", help=witness_help)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.0, help="looked at by start faults only")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=0, help="looked at by start faults only")
+    parser.add_argument("--enforce-eager", action="store_true", help="looked at by start faults only")
     parser.add_argument("--api-key", default="", help="bearer key that /v1 asks for")
     parser.add_argument("--start-seconds", type=float, default=0.0, metavar="S", help="time until it is ready")
     parser.add_argument("--keep-alive", type=float, default=120.0, metavar="S", help="idle sockets are closed then")

@@ -77,6 +77,10 @@ class SimulatedProcess:
             self._process.kill()
             self._process.wait()
 
+    def is_over(self) -> bool:
+        """True when it has ended, by itself or by `kill`."""
+        return self._process is not None and self._process.poll() is not None
+
     def wait(self, seconds: float) -> int:
         """Return its exit code once it has ended by itself. Raises subprocess.TimeoutExpired."""
         if self._process is None:

@@ -15,6 +15,7 @@ from aiohttp import web
 from vllm_batch_dagster.adapters.simulated.answers import Answer, Limits, Refused, answer_request
 from vllm_batch_dagster.adapters.simulated.faults import Faults, read_faults
 from vllm_batch_dagster.adapters.simulated.slots import Slots
+from vllm_batch_dagster.adapters.simulated.start_logs import SERVING_OUT_OF_MEMORY, write_log
 
 ENDPOINTS = (
     "/v1/chat/completions",
@@ -25,6 +26,7 @@ ENDPOINTS = (
     "/v1/rerank",
 )
 _BODY_BYTES = 64 << 20
+_PREFILL_STEP_SECONDS = 0.05
 _CORE_DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 
 
@@ -56,6 +58,7 @@ class SimulatedEngine:
         self._seen = 0
         self._answered = 0
         self._tokens = {"prompt": 0, "generation": 0}
+        self._kv_usage = 0.0
         self._core_died = asyncio.Event()
 
     def app(self) -> web.Application:
@@ -101,26 +104,47 @@ class SimulatedEngine:
         is_poison = bool(self._faults.poison) and self._faults.poison.encode() in raw
         if is_poison or self._faults.is_due("die_after", self._answered):
             os.kill(os.getpid(), signal.SIGKILL)
-        if self._faults.is_due("core_dies_after", self._answered):
+        if self._faults.is_due("exit_after", self._answered):
+            os._exit(self._faults.exit_code)
+        is_full = self._faults.is_due("out_of_memory_after", self._answered)
+        if is_full:
+            write_log(SERVING_OUT_OF_MEMORY)
+        if is_full or self._faults.is_due("core_dies_after", self._answered):
             self._core_died.set()
             asyncio.get_running_loop().call_later(0.1, os._exit, 0)
+
+    async def _prefill(self) -> None:
+        """Read a long prompt: what moves is the use of the KV cache only."""
+        if not self._faults.take("prefill_next"):
+            return
+        steps = max(1, round(self._faults.prefill_seconds / _PREFILL_STEP_SECONDS))
+        for step in range(steps):
+            self._kv_usage = (step + 1) / steps
+            await asyncio.sleep(_PREFILL_STEP_SECONDS)
+        self._kv_usage = 0.0
 
     async def _work(self, request: web.Request, raw: bytes, request_id: str) -> web.StreamResponse:
         async with self._slots.turn(_priority(request)):
             await asyncio.sleep(self._latency(raw))
+            await self._prefill()
             self._die_if_due(raw)
-            if self._faults.is_due("hang_after", self._answered):
+            if self._hangs_from(raw):
                 await asyncio.Event().wait()
             response = await self._answer(request, raw, request_id)
         self._answered += 1
         return response
+
+    def _hangs_from(self, raw: bytes) -> bool:
+        if self._faults.hang_on and self._faults.hang_on.encode() in raw:
+            self._faults.hang_after = self._answered  # from now on, for everybody
+        return self._faults.is_due("hang_after", self._answered)
 
     def _latency(self, raw: bytes) -> float:
         named = (seconds for name, seconds in self._options.latency_of.items() if json.dumps(name).encode() in raw)
         return next(named, self._options.latency)
 
     async def _answer(self, request: web.Request, raw: bytes, request_id: str) -> web.StreamResponse:
-        if self._faults.take("fail_next"):
+        if self._faults.is_sick or self._faults.take("fail_next"):
             return _error(500, "simulated fault", "InternalServerError")
         if self._faults.take("busy_next"):
             return _error(503, "simulated overload", "Service Unavailable")
@@ -153,7 +177,7 @@ class SimulatedEngine:
         values: dict[str, tuple[str, float]] = {
             "vllm:num_requests_running": ("gauge", self._slots.running),
             "vllm:num_requests_waiting": ("gauge", self._slots.waiting),
-            "vllm:kv_cache_usage_perc": ("gauge", 0.0),
+            "vllm:kv_cache_usage_perc": ("gauge", self._kv_usage),
             "vllm:num_preemptions_total": ("counter", 0),
             "vllm:prompt_tokens_total": ("counter", self._tokens["prompt"]),
             "vllm:generation_tokens_total": ("counter", self._tokens["generation"]),
