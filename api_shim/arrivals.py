@@ -4,18 +4,19 @@ Called by the routes that take contents: api_shim/files.py, api_shim/uploads.py.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from contextlib import aclosing
 from threading import Lock
 from typing import Generic, Protocol, TypeVar
 
 from anyio import CancelScope, to_thread
 from fastapi import Request
 
+from api_shim.bodies import Block, read_blocks
 from api_shim.deps import Services
 from api_shim.multipart import UploadForm
 from vllm_batch_dagster.core.creation import missing_parameter
 
-BLOCK_BYTES = 1 << 20
 # Room for boundaries and fields when a Content-Length is held against a limit.
 FORM_OVERHEAD_BYTES = 1 << 20
 
@@ -23,7 +24,7 @@ FORM_OVERHEAD_BYTES = 1 << 20
 class Receipt(Protocol):
     """What the contents are written to. Nothing of it stays after `abandon`, unless it was finished."""
 
-    def write(self, data: bytes) -> None: ...
+    def write(self, data: Block) -> None: ...
     def abandon(self) -> None: ...
 
 
@@ -51,7 +52,7 @@ class Arrival(Generic[R, T]):
         self._turn = Lock()
         self._over = False
 
-    def feed(self, block: bytes) -> None:
+    def feed(self, block: Block) -> None:
         """Raises InvalidInput, StorageFailure."""
         with self._turn:
             if not self._over:
@@ -93,10 +94,11 @@ async def _feed_all(request: Request, arrival: Arrival[R, T], services: Services
     """Feed block after block, and collect the next one meanwhile: network and disk work at the same time."""
     feeding: asyncio.Task[None] | None = None
     try:
-        async for block in gather_blocks(request.stream(), BLOCK_BYTES):
-            if feeding is not None:
-                await feeding
-            feeding = asyncio.create_task(to_thread.run_sync(arrival.feed, block, limiter=services.disk))
+        async with aclosing(read_blocks(request, announced_bytes(request))) as blocks:
+            async for block in blocks:
+                if feeding is not None:
+                    await feeding
+                feeding = asyncio.create_task(to_thread.run_sync(arrival.feed, block, limiter=services.disk))
         if feeding is not None:
             await feeding
     finally:
@@ -105,21 +107,6 @@ async def _feed_all(request: Request, arrival: Arrival[R, T], services: Services
                 await asyncio.wait([feeding])
             if not feeding.cancelled():
                 feeding.exception()  # seen by now, or second to another: what came first is raised
-
-
-async def gather_blocks(stream: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes]:
-    """Join the socket's small reads into blocks of `size` bytes or a little more."""
-    pieces: list[bytes] = []
-    held = 0
-    async for data in stream:
-        pieces.append(data)
-        held += len(data)
-        if held >= size:
-            yield b"".join(pieces)
-            pieces.clear()
-            held = 0
-    if pieces:
-        yield b"".join(pieces)
 
 
 def announced_bytes(request: Request) -> int:

@@ -1,4 +1,4 @@
-"""The header Idempotency-Key of POST /v1/files and /v1/batches (core/claims.py has the rules)."""
+"""The header Idempotency-Key of POST /v1/files, /v1/batches, /v1/uploads and its complete (rules: core/claims.py)."""
 
 from typing import Annotated, Any
 

@@ -39,6 +39,7 @@ router = APIRouter(prefix="/v1/batches", tags=["batches"])
 RESPONSES: dict[int | str, dict[str, Any]] = {**DOWNLOAD_RESPONSES, **error_responses(400, 429)}
 
 
+@router.head("/{batch_id}/results", include_in_schema=False)
 @router.get("/{batch_id}/results", response_class=StreamingResponse, responses=RESPONSES)
 async def download_results(
     request: Request,
@@ -49,13 +50,13 @@ async def download_results(
     cursors: Annotated[bool, Query(description="Put cursor objects between the lines.")] = False,
     include: Annotated[Literal["errors"] | None, Query(description="Send failed requests too.")] = None,
 ) -> Response:
-    with_errors = include is not None
+    with_errors, is_head = include is not None, request.method == "HEAD"
     if batch.status is BatchStatus.FAILED or (batch.is_terminal and not after):
         return await to_thread.run_sync(_send_files, request, batch, services, with_errors, limiter=services.disk)
     if batch.purged_at is not None:
         message = f"The journals of batch {batch.id} are gone. Without 'after' you get its output file."
         return envelope(404, message, param="after", code=RESULTS_GONE)
-    if follow and services.followers.are_full:
+    if follow and not is_head and services.followers.are_full:
         message = f"{services.followers.most} readers follow batches already. Try later, or poll without 'follow'."
         return envelope(429, message, code=TOO_MANY_FOLLOWERS, headers={"retry-after": str(RETRY_SECONDS)})
 
@@ -64,10 +65,13 @@ async def download_results(
         return PartialResults(batch, *ports, after=after, with_errors=with_errors)
 
     reader = await to_thread.run_sync(open_reader, limiter=services.disk)
-    if follow:
+    if follow and not is_head:
         return StreamingResponse(_follow(reader, services, cursors), media_type=JSON_LINES)
     cursor = await to_thread.run_sync(reader.freeze, limiter=services.disk)
     headers = {NEXT_CURSOR: str(cursor), "cache-control": "no-store"}
+    if is_head:
+        reader.close()
+        return Response(headers=headers, media_type=JSON_LINES)
     return StreamingResponse(_drain(reader, services, cursors), media_type=JSON_LINES, headers=headers)
 
 
@@ -114,10 +118,12 @@ def _send_files(request: Request, batch: Batch, services: Services, with_errors:
         return _explain_absence(batch)
     if len(files) == 1:
         return send_contents(request, files[0], services, media_type=JSON_LINES)
+    headers = {"content-length": str(sum(file.bytes for file in files))}
+    if request.method == "HEAD":
+        return Response(headers=headers, media_type=JSON_LINES)
     with ExitStack() as stack:
         readers = [stack.enter_context(services.files.open(file.id)) for file in files]
         body = _concatenate(readers, stack.pop_all(), services)
-    headers = {"content-length": str(sum(file.bytes for file in files))}
     return StreamingResponse(body, media_type=JSON_LINES, headers=headers)
 
 

@@ -15,6 +15,7 @@ from structlog.processors import ExceptionRenderer
 from structlog.tracebacks import ExceptionDictTransformer
 
 from api_shim.app import create_app
+from api_shim.protocol import BodyProtocol
 from vllm_batch_dagster.composition import build_catalog, build_files, build_store, build_workspace
 from vllm_batch_dagster.core.errors import ConfigurationError
 from vllm_batch_dagster.core.ports import BatchStore
@@ -49,6 +50,7 @@ def make_config(app: FastAPI) -> uvicorn.Config:
     """How uvicorn serves us: no log of its own, since api_shim/middleware.py writes a line per request."""
     return uvicorn.Config(
         app,
+        http=BodyProtocol,
         log_config=None,
         access_log=False,
         server_header=False,

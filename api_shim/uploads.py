@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from api_shim.arrivals import FORM_OVERHEAD_BYTES, Arrival, announced_bytes, take_in
 from api_shim.deps import JsonDep, ProjectDep, Services, ServicesDep
 from api_shim.errors import error_responses
+from api_shim.idempotency import IDEMPOTENCY_PARAMETER, Idempotency, IdempotencyDep
 from api_shim.limits import storage_room
 from api_shim.multipart import DATA_PART, read_boundary
 from api_shim.presenters import present_part, present_upload
@@ -20,6 +21,7 @@ from api_shim.schemas import (
     UploadPartObject,
     request_body,
 )
+from vllm_batch_dagster.core.claims import COMPLETIONS, UPLOADS
 from vllm_batch_dagster.core.creation import is_storable
 from vllm_batch_dagster.core.errors import NotFound, StateConflict
 from vllm_batch_dagster.core.models import File
@@ -62,13 +64,23 @@ UploadDep = Annotated[Upload, Depends(get_upload)]
 
 @router.post(
     "",
-    responses=error_responses(400, 403, 413, 415),
-    openapi_extra=request_body("application/json", CREATE_UPLOAD_SCHEMA),
+    responses=error_responses(400, 403, 409, 413, 415),
+    openapi_extra=request_body("application/json", CREATE_UPLOAD_SCHEMA) | IDEMPOTENCY_PARAMETER,
 )
-def begin_upload(params: JsonDep, services: ServicesDep, ports: PortsDep, project_id: ProjectDep) -> UploadObject:
-    room = storage_room(services, project_id)
-    limit = services.settings.max_file_bytes
-    return present_upload(create_upload(params, ports, max_bytes=limit, room=room, project_id=project_id))
+def begin_upload(
+    params: JsonDep, services: ServicesDep, ports: PortsDep, project_id: ProjectDep, idempotency: IdempotencyDep
+) -> UploadObject:
+    claim_key = idempotency.claim_key(UPLOADS)
+    upload = create_upload(
+        params,
+        ports,
+        max_bytes=services.settings.max_file_bytes,
+        room=storage_room(services, project_id, claim_key),
+        project_id=project_id,
+        claim_key=claim_key,
+        on_repeat=idempotency.mark_replayed,
+    )
+    return present_upload(upload)
 
 
 @router.post(
@@ -94,15 +106,17 @@ async def add_part(request: Request, upload: UploadDep, services: ServicesDep, p
 
 @router.post(
     "/{upload_id}/complete",
-    responses=error_responses(400, 403, 404, 409, 413, 415, 507),
-    openapi_extra=request_body("application/json", COMPLETE_UPLOAD_SCHEMA),
+    responses=error_responses(400, 404, 409, 413, 415, 507),
+    openapi_extra=request_body("application/json", COMPLETE_UPLOAD_SCHEMA) | IDEMPOTENCY_PARAMETER,
 )
-async def complete(upload_id: str, params: JsonDep, upload: UploadDep, services: ServicesDep) -> UploadObject:
+async def complete(
+    upload_id: str, params: JsonDep, upload: UploadDep, services: ServicesDep, idempotency: IdempotencyDep
+) -> UploadObject:
     """A client that asks again while the first call is at work waits for it and gets the same file."""
     wanted = read_completion(params)
     with services.arrivals.counted():
         async with services.completions.of(upload.id):
-            return present_upload(*await _join(_Joining(upload, wanted, services), services))
+            return present_upload(*await _join(_Joining(upload, wanted, services, idempotency), services))
 
 
 @router.post("/{upload_id}/cancel", responses=error_responses(400, 404))
@@ -114,16 +128,22 @@ def cancel(upload: UploadDep, ports: PortsDep) -> UploadObject:
 class _Joining:
     """A completion at work in a thread, which a stop of the server can end between two blocks."""
 
-    def __init__(self, upload: Upload, wanted: Completion, services: Services) -> None:
-        self._upload, self._wanted, self._services = upload, wanted, services
+    def __init__(self, upload: Upload, wanted: Completion, services: Services, idempotency: Idempotency) -> None:
+        self._upload, self._wanted, self._services, self._idempotency = upload, wanted, services, idempotency
         self._stop, self._turn = Event(), Lock()
 
     def run(self) -> tuple[Upload, File]:
         with self._turn:
             ports, project_id = get_ports(self._services), self._upload.project_id
             upload = find_upload(self._upload.id, ports, project_id)  # as it is after our turn came
-            room = storage_room(self._services, project_id)
-            return complete_upload(upload, self._wanted, ports, room=room, go_on=self._go_on)
+            return complete_upload(
+                upload,
+                self._wanted,
+                ports,
+                claim_key=self._idempotency.claim_key(COMPLETIONS),
+                on_repeat=self._idempotency.mark_replayed,
+                go_on=self._go_on,
+            )
 
     def abandon(self) -> None:
         """Return when nothing is being written any more. Harmless after `run`."""

@@ -67,9 +67,3 @@ def read_entries(index: BinaryIO, first: int, count: int) -> Iterator[IndexEntry
             raise StorageFailure("the byte index of the input file is cut short; materialize validated_input again")
         yield from map(IndexEntry._make, _ENTRY.iter_unpack(block))
         left -= step
-
-
-def entry_hashes(packed: bytes) -> Iterator[int]:
-    """Yield the custom_id hashes of whole packed entries."""
-    for _offset, _length, id_hash, _tokens in _ENTRY.iter_unpack(packed):
-        yield id_hash

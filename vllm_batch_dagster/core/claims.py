@@ -7,7 +7,7 @@ or neither, and of two calls at once the second finds the first one's claim and 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_batch_dagster.core.creation import FileFacts, clean_filename
@@ -18,6 +18,8 @@ CLAIM_SECONDS = DAY_SECONDS
 MAX_CLAIM_KEY = 255
 FILES = "files"
 BATCHES = "batches"
+UPLOADS = "uploads"
+COMPLETIONS = "uploads.complete"
 
 _KEY = re.compile(rf"[\x20-\x7e]{{1,{MAX_CLAIM_KEY}}}")
 
@@ -59,6 +61,16 @@ def claim_file(key: ClaimKey, facts: FileFacts, sha256: str) -> Claim:
 def claim_batch(key: ClaimKey, params: Mapping[str, object]) -> Claim:
     """A batch is the same batch when its JSON is, in any order of its keys."""
     return Claim(key, _digest(params))
+
+
+def claim_upload(key: ClaimKey, params: Mapping[str, object]) -> Claim:
+    """An upload is the same upload when its JSON is, in any order of its keys."""
+    return Claim(key, _digest(params))
+
+
+def claim_completion(key: ClaimKey, upload_id: str, part_ids: Sequence[str], md5: str | None) -> Claim:
+    """A completion is the same one when it joins the same parts of the same upload, in the same order."""
+    return Claim(key, _digest([upload_id, list(part_ids), md5]))
 
 
 def _digest(value: object) -> str:

@@ -3,6 +3,9 @@
     v1                      nothing yet
     v1_0-11_12.1:20480      chunks 0..11 wholly given; of chunk 12 the journal of attempt 1 read to byte 20480
     v1_3.1:512.2:64         chunk 3 runs its second attempt
+    v1_r7_0-0               with failed requests: the first 7 lines that lenient validation refused, and chunk 0
+
+Refused lines stand before all chunks: they are known, and do not change, before the first chunk is begun.
 
 A reader gets every line of a chunk once: the first answer that it meets, in whatever order attempts wrote them. Which
 lines it has is exactly what stands before its places in the journals, so a cursor needs no list of lines.
@@ -15,6 +18,7 @@ from dataclasses import dataclass, field
 from vllm_batch_dagster.core.errors import InvalidInput
 
 _VERSION = "v1"
+_REFUSED = re.compile(r"r([0-9]{1,9})")
 _DONE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 _OPEN = re.compile(r"([0-9]{1,9})((?:\.[0-9]{1,9}:[0-9]{1,18})+)")
 _MOST_LETTERS = 1 << 16
@@ -25,10 +29,12 @@ Places = Mapping[int, int]
 
 @dataclass(frozen=True, slots=True)
 class ResultCursor:
-    """`done` are the chunks that were given whole; `open` those begun, each with attempt -> bytes read."""
+    """`done` are the chunks that were given whole; `open` those begun, each with attempt -> bytes read; `refused` how
+    many of the refused lines were given."""
 
     done: frozenset[int] = frozenset()
     open: Mapping[int, Places] = field(default_factory=dict)
+    refused: int = 0
 
     def __str__(self) -> str:
         opened = (
@@ -36,7 +42,8 @@ class ResultCursor:
             for chunk, places in sorted(self.open.items())
             if places
         )
-        return "_".join((_VERSION, *(f"{first}-{last}" for first, last in _runs(self.done)), *opened))
+        refused = (f"r{self.refused}",) if self.refused else ()
+        return "_".join((_VERSION, *refused, *(f"{first}-{last}" for first, last in _runs(self.done)), *opened))
 
 
 def read_cursor(text: str) -> ResultCursor:
@@ -44,6 +51,7 @@ def read_cursor(text: str) -> ResultCursor:
     version, *parts = text[:_MOST_LETTERS].split("_")
     done: set[int] = set()
     opened: dict[int, Places] = {}
+    refused = 0
     if version != _VERSION or len(text) > _MOST_LETTERS:
         raise unknown_cursor(text)
     for part in parts:
@@ -52,12 +60,14 @@ def read_cursor(text: str) -> ResultCursor:
             if last - first >= _MOST_CHUNKS:
                 raise unknown_cursor(text)
             done.update(range(first, last + 1))
+        elif count := _REFUSED.fullmatch(part):
+            refused = int(count[1])
         elif places := _OPEN.fullmatch(part):
             pairs = (pair.split(":") for pair in places[2].split(".")[1:])
             opened[int(places[1])] = {int(epoch): int(offset) for epoch, offset in pairs}
         else:
             raise unknown_cursor(text)
-    return ResultCursor(frozenset(done), opened)
+    return ResultCursor(frozenset(done), opened, refused)
 
 
 def unknown_cursor(text: str) -> InvalidInput:

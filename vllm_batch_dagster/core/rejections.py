@@ -5,6 +5,7 @@
 An index without refused lines has no trailer.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -15,6 +16,8 @@ from vllm_batch_dagster.core.byteindex import entries_end
 from vllm_batch_dagster.core.errors import StorageFailure
 
 _COUNT = struct.Struct("<Q")
+_PREFIX, _MARK = "invalid-line-", "-"
+_LIKE_OURS = re.compile(rf"{_PREFIX}[0-9]+({_MARK}*)")
 
 
 class Rejection(msgspec.Struct, frozen=True):
@@ -33,9 +36,18 @@ class Rejection(msgspec.Struct, frozen=True):
 _decoder = msgspec.json.Decoder(Rejection)
 
 
-def substitute_id(line: int) -> str:
-    """Return the custom_id under which a line without a usable one stands in the error file."""
-    return f"invalid-line-{line}"
+def substitute_id(line: int, marks: int = 0) -> str:
+    """Return the custom_id under which a line without a usable one stands in the error file. `marks` keep it apart
+    from those of the user: the greatest `marks_needed` of the file."""
+    return f"{_PREFIX}{line}{_MARK * marks}"
+
+
+def marks_needed(custom_id: str) -> int:
+    """Return how many marks our ids need so that none is the user's `custom_id`; 0 for one that is not like ours."""
+    if not custom_id.startswith(_PREFIX):  # nearly always
+        return 0
+    found = _LIKE_OURS.fullmatch(custom_id)
+    return len(found[1]) + 1 if found else 0
 
 
 def pack_count(rejections: int) -> bytes:

@@ -23,6 +23,8 @@ from vllm_batch_dagster.core.limits import StorageRoom
 from vllm_batch_dagster.core.models import DEFAULT_PROJECT, Batch, File, Page
 from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
+from vllm_batch_dagster.core.webhook_params import check_batch_webhook
+from vllm_batch_dagster.core.webhook_urls import NO_HOSTS, AllowedHosts
 from vllm_batch_dagster.core.windows import WindowRule
 
 FILE_TOO_LARGE = "file_too_large"
@@ -44,7 +46,7 @@ class FileReceipt:
         self._limit = max_bytes
         self._size = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         """Raises InvalidInput (file_too_large) past `max_bytes`, StorageFailure when the disk refuses."""
         self._size += len(data)
         if 0 < self._limit < self._size:
@@ -188,6 +190,7 @@ def create_batch(
     *,
     project_id: str = DEFAULT_PROJECT,
     windows: WindowRule = WindowRule.OPENAI,
+    webhook_hosts: AllowedHosts = NO_HOSTS,
     claim_key: ClaimKey | None = None,
     on_repeat: Callable[[], None] = lambda: None,
 ) -> Batch:
@@ -197,6 +200,7 @@ def create_batch(
     An input file that does not exist is not an error here: validation fails the batch, as OpenAI does (C.1).
     """
     checked = read_batch_params(params, windows)
+    check_batch_webhook(checked.metadata, webhook_hosts)
     batch = make_batch(checked, new_batch_id(randomness), int(clock()), project_id)
     kept = store.batches.add(batch, claim=claim_batch(claim_key, params) if claim_key else None)
     if kept != batch.id:

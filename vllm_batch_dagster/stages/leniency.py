@@ -19,6 +19,7 @@ from vllm_batch_dagster.core.lines import CheckedLine, LineChecker, duplicate_id
 from vllm_batch_dagster.core.models import LineError
 from vllm_batch_dagster.core.rejections import (
     Rejection,
+    marks_needed,
     pack_count,
     pack_rejection,
     substitute_id,
@@ -28,7 +29,7 @@ from vllm_batch_dagster.stages.input_lines import line_numbers
 from vllm_batch_dagster.stages.inspection import Inspection, all_entries
 
 MAX_MODELS = 16
-_REFUSED, _RENAMED, _DUPLICATE = 255, 254, 253  # a line's group, when that is no model's
+_REFUSED, _NAMELESS, _DUPLICATE = 255, 254, 253  # a line's group, when that is no model's
 
 
 class LenientInspection(Inspection):
@@ -41,6 +42,7 @@ class LenientInspection(Inspection):
         self._max_models = min(max_models, MAX_MODELS)
         self._models: dict[str, int] = {}
         self._group_of = bytearray()
+        self._marks = 0
         self._reasons: BinaryIO
 
     def _inspect(self, source: BinaryIO, index: BinaryIO) -> None:
@@ -54,11 +56,12 @@ class LenientInspection(Inspection):
             self._write_entries(source, packed)
             for position, _entry in self._duplicate_positions(packed, source):
                 was_refused = self._group_of[position] == _REFUSED
-                self._group_of[position] = _RENAMED if was_refused else _DUPLICATE
+                self._group_of[position] = _NAMELESS if was_refused else _DUPLICATE
             self._sort(packed, source, spools, trailer)
             self._assemble(spools, trailer, index)
 
     def _accept(self, number: int, entry: IndexEntry, line: CheckedLine) -> IndexEntry:
+        self._marks = max(self._marks, marks_needed(line.custom_id))
         group = self._models.setdefault(line.model, len(self._models))
         if group >= self._max_models:
             del self._models[line.model]
@@ -69,18 +72,19 @@ class LenientInspection(Inspection):
 
     def _refuse(self, number: int, offset: int, raw: bytes | None, errors: tuple[LineError, ...]) -> IndexEntry:
         own = None if raw is None else find_custom_id(raw)
-        custom_id = substitute_id(number) if own is None else own
-        self._set_aside(offset, custom_id, *errors)
+        custom_id = own or ""
+        self._marks = max(self._marks, marks_needed(custom_id))
+        self._set_aside(offset, custom_id, *errors, group=_NAMELESS if own is None else _REFUSED)
         # Without an id of its own there is nothing to compare: it must not be looked for in the line.
         length = 0 if own is None or raw is None else len(raw)
         return IndexEntry(offset, length, hash_custom_id(custom_id), 0)
 
-    def _set_aside(self, offset: int, custom_id: str, *errors: LineError) -> None:
+    def _set_aside(self, offset: int, custom_id: str, *errors: LineError, group: int = _REFUSED) -> None:
         self._note(*errors)
         first = errors[0]
         rejection = Rejection(offset, first.line or 0, custom_id, first.code, first.message)
         self._reasons.write(pack_rejection(rejection))
-        self._group_of.append(_REFUSED)
+        self._group_of.append(group)
 
     def _too_many_models(self, model: str, number: int) -> LineError:
         message = f"The model '{model[:100]}' is one too many: a batch may name at most {self._max_models} models."
@@ -100,7 +104,9 @@ class LenientInspection(Inspection):
             if group == _DUPLICATE:
                 rejection = self._reject_duplicate(entry, number_of(entry.offset))
             else:
-                rejection = _rename(unpack_rejection(self._reasons.readline()), group)
+                rejection = unpack_rejection(self._reasons.readline())
+                if group == _NAMELESS:
+                    rejection = msgspec.structs.replace(rejection, custom_id=self._substitute_id(rejection.line))
             trailer.write(pack_rejection(rejection))
             found.rejected += 1
         found.groups = tuple(ModelGroup(*pair) for pair in zip(self._models, sizes, strict=True) if pair[1])
@@ -109,7 +115,10 @@ class LenientInspection(Inspection):
         error = duplicate_id(number)
         if len(self.errors) < 2 * self._max_errors:  # as many as can be shown, whatever stands before them
             self.errors.append(error)
-        return Rejection(entry.offset, number, substitute_id(number), error.code, error.message)
+        return Rejection(entry.offset, number, self._substitute_id(number), error.code, error.message)
+
+    def _substitute_id(self, number: int) -> str:
+        return substitute_id(number, self._marks)  # known when the whole file was seen
 
     def _assemble(self, spools: list[BinaryIO], trailer: BinaryIO, index: BinaryIO) -> None:
         index.write(pack_header(sum(group.lines for group in self.found.groups)))
@@ -120,10 +129,3 @@ class LenientInspection(Inspection):
             index.write(pack_count(self.found.rejected))
             trailer.seek(0)
             shutil.copyfileobj(trailer, index)
-
-
-def _rename(rejection: Rejection, group: int) -> Rejection:
-    """Return `rejection` under a made-up id when an earlier line has its own."""
-    if group != _RENAMED:
-        return rejection
-    return msgspec.structs.replace(rejection, custom_id=substitute_id(rejection.line))

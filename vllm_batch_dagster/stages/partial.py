@@ -1,20 +1,23 @@
 """Reads the finished lines of a batch while it runs, straight from the journals, each line once per reader.
 
-Called by GET /v1/batches/{id}/results. Lines come chunk by chunk and in order of arrival within a chunk; where a reader
-stands is a ResultCursor. Nothing is written, and only one line and one byte per line of an open chunk are held.
+Called by GET /v1/batches/{id}/results. With failed requests, the lines that lenient validation refused come first. Then
+lines come chunk by chunk and in order of arrival within a chunk; where a reader stands is a ResultCursor. Nothing is
+written, and only one line and one byte per line of an open chunk are held.
 """
 
 from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 from vllm_batch_dagster.core.errors import NotFound
 from vllm_batch_dagster.core.journal import read_records
-from vllm_batch_dagster.core.merging import render_answer
+from vllm_batch_dagster.core.merging import render_answer, render_rejection
 from vllm_batch_dagster.core.models import Batch, Chunk, RequestCounts
 from vllm_batch_dagster.core.partial import Places, ResultCursor, read_cursor, unknown_cursor
 from vllm_batch_dagster.core.ports import BatchStore, FileStore, Workspace
+from vllm_batch_dagster.core.rejections import read_rejections
 from vllm_batch_dagster.stages.merging import merged_lines
 
 BLOCK_BYTES = 256 << 10
@@ -48,6 +51,7 @@ class PartialResults:
     ) -> None:
         self._batch, self._store, self._files, self._workspace = batch, store, files, workspace
         self._with_errors = with_errors
+        self._refused = 0
         self._done: set[int] = set()
         self._open: dict[int, OpenChunk] = {}
         self._seen_counts: RequestCounts | None = None
@@ -62,9 +66,8 @@ class PartialResults:
         """Where the reader stands; None in the middle of what has no places: lines without an answer."""
         if self._is_between_places:
             return None
-        return ResultCursor(
-            frozenset(self._done), {index: dict(part.places) for index, part in self._open.items() if part.places}
-        )
+        opened = {index: dict(part.places) for index, part in self._open.items() if part.places}
+        return ResultCursor(frozenset(self._done), opened, self._refused)
 
     def refresh(self) -> bool:
         """Look whether there is more, for `next_block`. Returns True when the batch has ended: it was the last look.
@@ -90,7 +93,7 @@ class PartialResults:
                 done.add(chunk.index)
                 del opened[chunk.index]
         self._sweep = self._lines()
-        return ResultCursor(frozenset(done), opened)
+        return ResultCursor(frozenset(done), opened, self._batch.rejected if self._with_errors else self._refused)
 
     def next_block(self) -> bytes:
         """Return the next lines, about a quarter of a megabyte of them; empty when there are no more for now."""
@@ -108,8 +111,9 @@ class PartialResults:
     def _restore(self, text: str) -> None:
         cursor = read_cursor(text)
         chunks = {chunk.index: chunk for chunk in self._store.chunks.list(self._batch.id)}
-        if not chunks.keys() >= cursor.done | cursor.open.keys():
+        if cursor.refused > self._batch.rejected or not chunks.keys() >= cursor.done | cursor.open.keys():
             raise unknown_cursor(text)
+        self._refused = cursor.refused
         self._done = set(cursor.done)
         for index, places in cursor.open.items():
             chunk = chunks[index]
@@ -129,7 +133,8 @@ class PartialResults:
                 for placed in read_records(journal):
                     if placed.end > offset:
                         break
-                    part.seen[placed.record.line - chunk.range.first_line] = 1
+                    if placed.record.is_final:
+                        part.seen[placed.record.line - chunk.range.first_line] = 1
         return True
 
     def _chunks(self) -> Iterator[Chunk]:
@@ -152,6 +157,8 @@ class PartialResults:
 
     def _lines(self) -> Iterator[bytes]:
         """Yield what is new, and move the places along with each line."""
+        if self._with_errors:
+            yield from self._refused_lines()
         for chunk in self._chunks():
             for epoch, path in self._journals(chunk):
                 yield from self._read(chunk, epoch, path)
@@ -164,6 +171,15 @@ class PartialResults:
             self._open.pop(chunk.index, None)
             self._is_between_places = False
 
+    def _refused_lines(self) -> Iterator[bytes]:
+        """Yield the error lines of what validation refused, as far as the reader has not had them."""
+        if self._refused >= self._batch.rejected:
+            return
+        with self._workspace.index_path(self._batch.id).open("rb") as index:
+            for rejection in islice(read_rejections(index), self._refused, None):
+                self._refused += 1
+                yield render_rejection(self._batch.id, rejection)
+
     def _read(self, chunk: Chunk, epoch: int, path: Path) -> Iterator[bytes]:
         part = self._open.setdefault(chunk.index, OpenChunk(chunk))
         limit = self._limits.get((chunk.index, epoch), 0) if self._limits is not None else None
@@ -173,7 +189,7 @@ class PartialResults:
                     return
                 part.places[epoch] = placed.end
                 position = placed.record.line - chunk.range.first_line
-                if not part.seen[position]:
+                if placed.record.is_final and not part.seen[position]:
                     part.seen[position] = 1
                     if placed.record.ok or self._with_errors:
                         yield render_answer(self._batch.id, placed.record)

@@ -10,8 +10,14 @@ from vllm_batch_dagster.core.ports import BatchStore
 
 
 def find_room(project_id: str, most: int, store: BatchStore, now: float) -> StorageRoom | None:
-    """Return what the project may store at this moment; None when there is no limit (`most` 0)."""
-    return StorageRoom(project_id, store.files.stored_bytes(project_id, now), most) if most else None
+    """Return what the project may store at this moment; None when there is no limit (`most` 0).
+
+    Parts of uploads take room like files: an upload that is never completed must not be a way around the limit.
+    """
+    if not most:
+        return None
+    stored = store.files.stored_bytes(project_id, now) + store.uploads.stored_bytes(project_id)
+    return StorageRoom(project_id, stored, most)
 
 
 def refuse_queue(project_id: str, lines: int, most: int, store: BatchStore) -> LineError | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from vllm_batch_dagster.core.claims import Claim, ClaimKey, claim_completion, claim_upload
 from vllm_batch_dagster.core.creation import FileFacts, Randomness, expires_at, new_file_id
 from vllm_batch_dagster.core.errors import NotFound, StateConflict, StorageFailure
 from vllm_batch_dagster.core.limits import StorageRoom
@@ -29,6 +30,7 @@ from vllm_batch_dagster.core.uploads import (
     order_parts,
     part_too_large,
 )
+from vllm_batch_dagster.failpoints import failpoint
 from vllm_batch_dagster.stages.intake import discard_unregistered, file_too_large, find_file
 
 JOIN_BLOCK_BYTES = 1 << 20
@@ -53,14 +55,20 @@ def create_upload(
     max_bytes: int = 0,
     room: StorageRoom | None = None,
     project_id: str = DEFAULT_PROJECT,
+    claim_key: ClaimKey | None = None,
+    on_repeat: Callable[[], None] = lambda: None,
 ) -> Upload:
-    """Store a new upload in `pending`. `max_bytes` 0 and `room` None mean no limit. Raises InvalidInput."""
+    """Store a new upload in `pending`. `max_bytes` 0 and `room` None mean no limit. When `claim_key` has made one of
+    the same parameters before, that one is returned, and `on_repeat` called. Raises InvalidInput, ClaimConflict."""
     upload = make_upload(params, ports.randomness, int(ports.clock()), project_id)
     if 0 < max_bytes < upload.bytes:
         raise file_too_large(max_bytes, param="bytes")
     if room is not None:
         room.check(upload.bytes)
-    ports.store.uploads.add(upload)
+    kept = ports.store.uploads.add(upload, claim=claim_upload(claim_key, params) if claim_key else None)
+    if kept != upload.id:
+        on_repeat()
+        return find_upload(kept, ports)
     return upload
 
 
@@ -82,18 +90,18 @@ class PartReceipt:
         check_pending(upload)
         held = ports.store.uploads.held(upload.id)
         check_room(upload, held)
-        if room is not None:
-            room.check(held.bytes)
-        self._upload, self._ports = upload, ports
+        self._upload, self._ports, self._room = upload, ports, room
         self._id = new_part_id(ports.randomness)
         self._stored = ports.files.parts.create(upload.id, self._id)
         self._size = 0
 
-    def write(self, data: bytes) -> None:
-        """Raises InvalidInput past 64 MiB, StorageFailure when the disk refuses."""
+    def write(self, data: bytes | bytearray) -> None:
+        """Raises InvalidInput past 64 MiB and past `room`, StorageFailure when the disk refuses."""
         self._size += len(data)
         if self._size > MAX_PART_BYTES:
             raise part_too_large()
+        if self._room is not None:
+            self._room.check(self._size)
         self._stored.write(data)
 
     def finish(self) -> UploadPart:
@@ -119,27 +127,31 @@ def complete_upload(
     wanted: Completion,
     ports: UploadPorts,
     *,
-    room: StorageRoom | None = None,
+    claim_key: ClaimKey | None = None,
+    on_repeat: Callable[[], None] = lambda: None,
     go_on: Callable[[], None] = lambda: None,
 ) -> tuple[Upload, File]:
     """Make the parts a file, and return it with the completed upload. Repeated with the same parts, it returns the
-    same file again. `go_on` is called before each block, and may raise to give up: then the upload stays pending.
+    same file again and calls `on_repeat`. `go_on` is called before each block, and may raise to give up: then the
+    upload stays pending. The project's room was asked for with each part, and the file takes the place of the parts.
 
     Raises InvalidInput (parts, total, checksum, an upload that is closed), StorageFailure, NotFound for a file that
-    was deleted since, StateConflict when another process completes the upload at this moment.
+    was deleted since, ClaimConflict, StateConflict when another process completes the upload at this moment.
     """
+    claim = claim_completion(claim_key, upload.id, wanted.part_ids, wanted.md5) if claim_key else None
+    if claim is not None:
+        ports.store.idempotency.find(claim, ports.clock())
     if upload.status is UploadStatus.COMPLETED and upload.part_ids == wanted.part_ids:
+        on_repeat()
         return _repeat(upload, wanted, ports)
     check_pending(upload)
     parts = order_parts(upload, ports.store.uploads.parts(upload.id), wanted.part_ids)
-    if room is not None:
-        room.check(upload.bytes)
     try:
-        return _publish(upload, parts, wanted, ports, go_on)
+        return _publish(upload, parts, wanted, claim, ports, go_on)
     except (StateConflict, NotFound) as failure:
         current = ports.store.uploads.get(upload.id)  # somebody else was faster, or closed it
         if not current.is_pending:
-            return complete_upload(current, wanted, ports)
+            return complete_upload(current, wanted, ports, claim_key=claim_key, on_repeat=on_repeat)
         if isinstance(failure, NotFound):
             raise StorageFailure(f"a part of upload {upload.id} is gone from the disk: send it again") from failure
         raise StateConflict(f"Upload {upload.id} is being completed by another call. Ask again later.") from failure
@@ -203,7 +215,12 @@ def _repeat(upload: Upload, wanted: Completion, ports: UploadPorts) -> tuple[Upl
 
 
 def _publish(
-    upload: Upload, parts: Sequence[UploadPart], wanted: Completion, ports: UploadPorts, go_on: Callable[[], None]
+    upload: Upload,
+    parts: Sequence[UploadPart],
+    wanted: Completion,
+    claim: Claim | None,
+    ports: UploadPorts,
+    go_on: Callable[[], None],
 ) -> tuple[Upload, File]:
     """Write the file and make it visible. Raises NotFound when the parts go meanwhile, StateConflict when the upload
     does not stay this attempt's."""
@@ -216,7 +233,8 @@ def _publish(
         md5 = _join(parts, stored, ports.files, go_on)
         check_md5(wanted.md5, md5)
         file = _describe(upload, file_id, stored.commit(), int(ports.clock()))
-        done = ports.store.uploads.complete(upload.id, file, wanted.part_ids, md5)
+        failpoint("joined", upload.id)
+        done = ports.store.uploads.complete(upload.id, file, wanted.part_ids, md5, claim=claim)
     except BaseException:
         stored.discard()
         with suppress(StorageFailure):
@@ -235,6 +253,7 @@ def _join(parts: Sequence[UploadPart], stored: StoredFile, files: FileStore, go_
                 go_on()
                 digest.update(block)
                 stored.write(block)
+                failpoint("joining", part.upload_id)
     return digest.hexdigest()
 
 
