@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
+from handlers.settings import HandlerSettings
 from vllm_batch_dagster.core.modes import ValidationMode
 from vllm_batch_dagster.core.windows import WindowRule
+from vllm_batch_dagster.curation_settings import CurationSettings
+from vllm_batch_dagster.delivery_settings import DeliverySettings
+from vllm_batch_dagster.pause_settings import PauseSettings
 
 LOOPBACK = "127.0.0.1"
 WILDCARDS = frozenset({"", "0.0.0.0", "::"})
@@ -25,7 +29,7 @@ def _engine_python() -> str:
     return str(bundled) if bundled.exists() else sys.executable
 
 
-class Settings(BaseSettings):
+class Settings(CurationSettings, DeliverySettings, HandlerSettings, PauseSettings):
     """Settings from the environment and, below it, from a `.env` file in the working directory."""
 
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True)
@@ -135,6 +139,12 @@ class Settings(BaseSettings):
         default=8000, ge=0, le=65535, description="Preferred loopback port of the engine; another if taken."
     )
     engine_args: str = Field(default="", description="Further `vllm serve` arguments, as on a command line.")
+    engine_start_tries: int = Field(
+        default=3,
+        ge=1,
+        description="Starts of the engine for one request before it fails; each failure for want of memory goes one "
+        "rung down the memory ladder.",
+    )
     engine_start_seconds: int = Field(default=900, ge=10, description="How long the engine may take until it is ready.")
     engine_idle_seconds: int = Field(
         default=600, ge=0, description="An engine that nobody used for this long is stopped. 0: never."
@@ -142,10 +152,13 @@ class Settings(BaseSettings):
     engine_restarts: int = Field(
         default=3,
         ge=0,
-        description="Engine restarts within one attempt at a chunk without a new answer between.",
+        description="Engine restarts within one attempt at a chunk without a new answer between, unless a line is "
+        "suspected: then the search for it decides.",
     )
     engine_stall_seconds: int = Field(
-        default=120, ge=5, description="Requests running but no token for this long: the engine is hung."
+        default=120,
+        ge=5,
+        description="Requests running, but no token and no growth of the KV cache for this long: the engine is hung.",
     )
     max_num_seqs: int = Field(
         default=0, ge=0, description="Sequences that the engine runs at once. 0: 256 on a GPU, 128 on a CPU."
@@ -162,9 +175,6 @@ class Settings(BaseSettings):
         default=False,
         description="Show sample prompts and answers in the Dagster UI, which has no authentication.",
     )
-    curate_min_output_tokens: int = Field(
-        default=1, ge=0, description="Curation keeps answers with at least this many tokens."
-    )
     batch_retention_days: int = Field(
         default=30,
         ge=0,
@@ -179,9 +189,19 @@ class Settings(BaseSettings):
     dataset_retention_days: int = Field(
         default=0, ge=0, description="Days for which curated data sets are kept. 0: for ever."
     )
+    inbox_folder: Path | None = Field(
+        default=None,
+        description="Drop folder: a .jsonl file that appears in it becomes a batch. Default: `inbox` in the state "
+        "folder.",
+    )
+    inbox_settle_seconds: float = Field(
+        default=3.0,
+        ge=0,
+        description="A dropped file is taken when it has not changed for this long and nobody has it open for writing.",
+    )
     log_format: Literal["console", "json"] = Field(default="console", description="Format of our log lines.")
 
-    @field_validator("vllm_batch_home", "models_file")
+    @field_validator("vllm_batch_home", "models_file", "inbox_folder")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value.expanduser().absolute() if value is not None else None
@@ -222,6 +242,10 @@ class Settings(BaseSettings):
     @property
     def files_folder(self) -> Path:
         return self.vllm_batch_home / "files"
+
+    @property
+    def inbox_path(self) -> Path:
+        return self.inbox_folder or self.vllm_batch_home / "inbox"
 
     @property
     def batches_folder(self) -> Path:

@@ -9,20 +9,43 @@ from vllm_batch_dagster.composition import (
     build_engines,
     build_files,
     build_model_facts,
+    build_pauses,
+    build_provenance,
     build_store,
+    build_webhook_sender,
     build_workspace,
 )
 from vllm_batch_dagster.core.creation import new_file_id
-from vllm_batch_dagster.core.curation import CurationRules
 from vllm_batch_dagster.core.errors import ConfigurationError
 from vllm_batch_dagster.core.models import Batch, Chunk, Model
+from vllm_batch_dagster.core.pauses import configuration_mark
 from vllm_batch_dagster.core.ports import BatchStore, EngineManager, FileStore, ModelCatalog, Workspace
 from vllm_batch_dagster.core.preflight import ModelFacts
+from vllm_batch_dagster.core.provenance import Provenance
 from vllm_batch_dagster.core.retry import RetryPolicy
 from vllm_batch_dagster.settings import Settings
+from vllm_batch_dagster.stages.deliveries import Courier, DeliveryPorts
 from vllm_batch_dagster.stages.inference import InferencePolicy, InferencePorts
 from vllm_batch_dagster.stages.merging import MergePorts
+from vllm_batch_dagster.stages.origins import OriginNotes
+from vllm_batch_dagster.stages.pausing import PauseBoard, PausePolicy
 from vllm_batch_dagster.stages.validation import ValidationLimits
+from vllm_batch_dagster.stages.webhook_courier import WebhookCourier
+from vllm_batch_dagster.stages.webhooks import WebhookPorts
+
+_ENGINE_SETTINGS = (
+    "engine_url",
+    "engine_api_key",
+    "engine_python",
+    "engine_device",
+    "engine_args",
+    "engine_start_seconds",
+    "engine_start_tries",
+    "gpu_memory_utilization",
+    "cpu_kvcache_gib",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+)
 
 
 class Services:
@@ -40,6 +63,10 @@ class Services:
         return build_files(self.settings)
 
     @cached_property
+    def pauses(self) -> PauseBoard:
+        return build_pauses(self.settings, self.store, self.clock, with_gpus=True)
+
+    @cached_property
     def workspace(self) -> Workspace:
         return build_workspace(self.settings)
 
@@ -50,6 +77,10 @@ class Services:
     @cached_property
     def facts(self) -> ModelFacts:
         return build_model_facts(self.settings)
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        return build_provenance(self.settings)
 
     @property
     def catalog(self) -> ModelCatalog:
@@ -93,19 +124,35 @@ class Services:
             chunk_attempts=settings.max_chunk_attempts,
             commit_seconds=settings.journal_commit_seconds,
             commit_records=settings.journal_commit_records,
+            pauses=PausePolicy(engine=self.engine_configuration),
         )
 
     @property
     def inference_ports(self) -> InferencePorts:
-        return InferencePorts(self.store, self.files, self.workspace, self.engines, self.clock)
+        return InferencePorts(self.store, self.files, self.workspace, self.engines, self.clock, pauses=self.pauses)
+
+    def origin_notes(self, model: Model) -> OriginNotes:
+        """Return the notes of one run over chunks for `model`."""
+        return OriginNotes(self.workspace, lambda: self.provenance.describe(model))
+
+    def delivery_ports(self, handlers: Courier) -> DeliveryPorts:
+        """Return the ports of `deliver_batch`, with webhooks beside the `handlers`."""
+        webhooks = WebhookPorts(self.store, build_webhook_sender(self.settings), self.clock, secrets.token_bytes)
+        return DeliveryPorts(self.store, [WebhookCourier(webhooks), handlers], self.clock)
+
+    @property
+    def engine_configuration(self) -> str:
+        """What an engine that could not be had was started with, but for its model."""
+        shown = self.settings.model_dump(include=set(_ENGINE_SETTINGS))
+        return repr(sorted(shown.items()))
+
+    def configuration_of(self, name: str) -> str:
+        """Return the mark of a model's present configuration; see core/pauses.py."""
+        return configuration_mark(self.catalog.find(name), self.engine_configuration)
 
     @property
     def merge_ports(self) -> MergePorts:
         return MergePorts(self.store, self.files, self.workspace, self.clock, lambda: new_file_id(secrets.token_bytes))
-
-    @property
-    def curation_rules(self) -> CurationRules:
-        return CurationRules(min_output_tokens=self.settings.curate_min_output_tokens)
 
     @property
     def api_url(self) -> str:

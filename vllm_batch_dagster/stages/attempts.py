@@ -5,19 +5,22 @@ the store refuses it with StaleAttempt (design section 5).
 """
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from vllm_batch_dagster.core.answers import as_json_object, read_answer
+from vllm_batch_dagster.core.answers import as_json_object
 from vllm_batch_dagster.core.byteindex import read_entries
-from vllm_batch_dagster.core.journal import JournalRecord, encode_record
+from vllm_batch_dagster.core.journal import UNREPAIRED, JournalRecord, encode_record
 from vllm_batch_dagster.core.lines import RequestLine, read_line
 from vllm_batch_dagster.core.merging import ENGINE_FAILURE
 from vllm_batch_dagster.core.models import Attempt, Batch, Chunk, ChunkSummary, Usage
 from vllm_batch_dagster.core.ports import BatchStore, Clock, EngineAnswer, FileStore, Workspace
 from vllm_batch_dagster.core.rerank import route_request
+from vllm_batch_dagster.core.rounds import RoundTally, Tried, next_tried
+from vllm_batch_dagster.failpoints import failpoint
+from vllm_batch_dagster.stages.healing import take_epoch
 from vllm_batch_dagster.stages.journals import JournalWriter, replay
 from vllm_batch_dagster.stages.sealing import seal_chunk
 
@@ -71,7 +74,10 @@ class ChunkAttempt:
         self._store, self._files, self._workspace = store, files, workspace
         self._batch, self._chunk, self._attempt, self._clock = batch, chunk, attempt, clock
         self._done = bytearray(chunk.range.line_count)
+        self._tally = RoundTally(chunk.range.line_count)
+        self._tried: dict[int, Tried] = {}
         self._replayed = self._replayed_tokens = self._sent = 0
+        self._fence: dict[int, int] = {}  # epoch -> end of what was read of its journal: later appends are no answers
         self._buffer: list[bytes] = []
         self._progress = self._durable = self._mirrored = Progress()
         self._first_sent_at = self._last_answer_at = 0.0
@@ -91,7 +97,8 @@ class ChunkAttempt:
         clock: Clock,
     ) -> "ChunkAttempt":
         """Take the next epoch of `chunk`, read what earlier attempts have answered, and open a journal."""
-        attempt = store.chunks.begin(batch.id, chunk.index, fresh=fresh, run_id=run_id, now=int(clock()))
+        attempt = take_epoch(store, workspace, chunk, fresh=fresh, run_id=run_id, now=int(clock()))
+        failpoint("chunk_start", batch.id)
         begun = cls(store, files, workspace, batch, chunk, attempt, clock)
         begun._replay()
         path = workspace.journal_path(batch.id, chunk.index, attempt.epoch)
@@ -141,24 +148,30 @@ class ChunkAttempt:
     def _replay(self) -> None:
         """Mark what earlier epochs have answered. The newest epoch has no journal yet."""
         epochs = (self._attempt.base_epoch, self._attempt.epoch - 1)
-        for _epoch, placed in replay(self._workspace, self._batch.id, self.index, *epochs):
+        for epoch, placed in replay(self._workspace, self._batch.id, self.index, *epochs):
             self._count(placed.record)
+            self._fence[epoch] = placed.end
         self._durable = self._progress
         self._replayed = self._durable.answered
         self._replayed_tokens = self._durable.usage.total_tokens
 
     def _count(self, record: JournalRecord) -> bool:
-        """Add an answer to the progress. Returns False when its line already had one: the first answer wins."""
+        """Add an answer to the progress. Returns False when its line already had one: the first accepted one wins."""
         position = record.line - self._chunk.range.first_line
         if self._done[position]:
             return False
-        self._done[position] = 1
         before = self._progress
-        usage = read_answer(bytes(record.body)).usage if record.ok else Usage()
+        usage = self._tally.usage_of(position, record)
+        if not record.is_final:
+            self._tried[record.line] = next_tried(self._tried.get(record.line), record)
+            self._progress = replace(before, usage=before.usage + usage)
+            return True
+        self._done[position] = 1
+        self._tried.pop(record.line, None)
         self._progress = Progress(before.completed + record.ok, before.failed + (not record.ok), before.usage + usage)
         return True
 
-    def pending_lines(self) -> Iterator[PendingLine]:
+    def pending_lines(self) -> Generator[PendingLine, None, None]:
         """Yield the lines without an answer, reading each from its byte range of the input file."""
         chunk = self._chunk.range
         with (
@@ -178,9 +191,21 @@ class ChunkAttempt:
         endpoint = route_request(request.url, body)
         return PendingLine(self, line, request.custom_id, endpoint, body, f"{self._batch.id}-{line}")
 
-    def accept(self, line: PendingLine, answer: EngineAnswer, ok: bool, tries: int) -> None:
-        """Take the final answer of a line into the journal's buffer."""
+    def tried(self, line: int) -> Tried | None:
+        """Return what an unanswered line has had of repair rounds, in this attempt or an earlier one."""
+        return self._tried.get(line)
+
+    def accept_tried(self, line: int) -> None:
+        """Accept the last success of a line that was asked again, though it is flawed."""
         self._sent += 1
+        record = msgspec.structs.replace(self._tried[line].record, repair=UNREPAIRED)
+        if self._count(record):
+            self._buffer.append(encode_record(record))
+
+    def accept(
+        self, line: PendingLine, answer: EngineAnswer, ok: bool, tries: int, *, round_: int = 0, repair: str = ""
+    ) -> None:
+        """Take an answer of a line into the journal's buffer; `repair` says whether it is the final one."""
         self._last_answer_at = self._clock()
         record = JournalRecord(
             line=line.line,
@@ -191,7 +216,10 @@ class ChunkAttempt:
             seconds=round(answer.seconds, 4),
             tries=tries,
             body=msgspec.Raw(as_json_object(answer.body, answer.status)),
+            round=round_,
+            repair=repair,
         )
+        self._sent += record.is_final
         if self._count(record):
             self._buffer.append(encode_record(record))
 
@@ -204,6 +232,7 @@ class ChunkAttempt:
         """Make the answers of `commit` durable; may run on another thread. Raises StorageFailure."""
         if commit.records and self._writer is not None:
             self._writer.write(commit.records)
+            failpoint("mid_chunk", self._batch.id)
             self._durable = commit.progress
 
     def mirror_progress(self) -> None:
@@ -215,18 +244,22 @@ class ChunkAttempt:
 
     def publish(self, reason: str = "") -> ChunkSummary:
         """Seal the journals and make the result the chunk's. Lines without an answer get the code `reason`."""
+        failpoint("last_line", self._batch.id)
         summary = seal_chunk(
             self._workspace,
             self._chunk,
             self._attempt,
             reason=reason,
+            fence=self._fence,
             first_sent_at=self._first_sent_at,
             last_answer_at=self._last_answer_at,
             replayed=self._replayed,
             sent=self._sent,
             sent_tokens=self._progress.usage.total_tokens - self._replayed_tokens,
         )
+        failpoint("sealed", self._batch.id)
         self._store.chunks.publish(self._attempt, summary, int(self._clock()))
+        failpoint("published", self._batch.id)
         return summary
 
     def give_back(self, outcome: str) -> None:

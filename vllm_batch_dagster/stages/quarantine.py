@@ -103,9 +103,6 @@ class Quarantine:
             await self._fall(lease, line.line, was_sent=error.was_sent)
             return None
         verdict = judge(answer)
-        if verdict is Verdict.ENGINE_DOWN:
-            await self._fall(lease, line.line, was_sent=True)
-            return None
         self._land(line.line, is_answered=verdict is not Verdict.BUSY)
         return answer, verdict
 
