@@ -22,7 +22,7 @@ ifneq ($(ENGINE_VENV),)
 export ENGINE_PYTHON ?= $(abspath $(ENGINE_VENV))/bin/python
 endif
 
-.PHONY: help setup demo up test test-no-engine lint types bench screenshots lock clean distclean
+.PHONY: help setup setup-label-studio demo up test test-no-engine faults chaos lint types bench bench-api screenshots lock clean distclean
 
 help:  ## list the targets
 	@echo "make <target>:"
@@ -30,6 +30,9 @@ help:  ## list the targets
 
 setup:  ## environments, project and demo models; does only what is missing
 	@python3 scripts/setup.py --venv "$(VENV)"
+
+setup-label-studio:  ## setup, and Label Studio in an environment of its own (1 GB), for the tests of the curation
+	@python3 scripts/setup.py --venv "$(VENV)" --label-studio
 
 demo: setup  ## a real batch of 40 questions through the whole stack, then stop it
 	@$(BIN)/python scripts/demo.py
@@ -46,18 +49,27 @@ lint: setup  ## ruff, its formatter, and the layers
 types: setup  ## mypy, strict
 	@echo "== mypy" && $(BIN)/mypy
 
-test: lint types  ## lint, types and every test, the real engine included
+test: lint types setup-label-studio  ## lint, types and every test, the real engine included
 	@echo "== pytest, $$($(BIN)/python -V)" && $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-no-engine: export ENGINE := none
 # The slow ones start whole stacks for minutes, and `make test` runs them; one of them is enough for another Python.
 test-no-engine: setup  ## the tests that need no vLLM, for the other Pythons
 	@echo "== pytest without the engine, $$($(BIN)/python -V)" && \
-	  $(BIN)/python -m pytest -m "not engine and not slow" --ignore=tests/e2e $(PYTEST_ARGS) && \
+	  $(BIN)/python -m pytest -m "not engine and not slow and not label_studio" --ignore=tests/e2e $(PYTEST_ARGS) && \
 	  $(BIN)/python -m pytest tests/defs/test_stack.py -k batch_of_several_chunks $(PYTEST_ARGS)
+
+faults: setup  ## every phase of a batch meets every fault; half an hour, writes the table of docs/reliability.md
+	@$(BIN)/python -m tests.faults $(FAULTS_ARGS)
+
+chaos: setup  ## random faults at random times: make chaos SEED=1 MINUTES=5
+	@$(BIN)/python -m tests.faults.chaos --seed "$(or $(SEED),1)" --minutes "$(or $(MINUTES),5)"
 
 bench: setup  ## measure against vLLM's own run_batch; writes bench/results/
 	@$(BIN)/python -m bench
+
+bench-api: setup  ## measure the API alone: validation, upload, polling; no vLLM; writes bench/results/
+	@$(BIN)/python -m bench validation upload polling
 
 screenshots: setup  ## take the pictures of docs/ with a real browser
 	@$(BIN)/python scripts/screenshots.py
@@ -70,4 +82,4 @@ clean:  ## delete caches; environments, models and state stay
 	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and delete the environments and the models; state stays
-	@rm -rf .venv .venv-engine .venv-clients .venv-3.* .models .setup.lock
+	@rm -rf .venv .venv-engine .venv-label-studio .venv-clients .venv-3.* .models .setup.lock

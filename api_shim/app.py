@@ -15,6 +15,7 @@ import api_shim.preflight
 import api_shim.results
 import api_shim.retry
 import api_shim.uploads
+import api_shim.webhook_endpoints
 from api_shim.auth import KeyGate
 from api_shim.deps import Services
 from api_shim.errors import error_responses, install_error_handlers
@@ -73,6 +74,7 @@ def create_app(
         api_shim.preflight,
         api_shim.results,
         api_shim.retry,
+        api_shim.webhook_endpoints,
         api_shim.models,
         api_shim.health,
     ):

@@ -9,6 +9,7 @@ from api_shim.errors import error_responses
 from api_shim.idempotency import IDEMPOTENCY_PARAMETER, IdempotencyDep
 from api_shim.presenters import present_batch, present_batches
 from api_shim.schemas import CREATE_BATCH_SCHEMA, BatchList, BatchObject, request_body
+from vllm_batch_dagster.composition import allowed_hosts
 from vllm_batch_dagster.core.claims import BATCHES
 from vllm_batch_dagster.core.errors import NotFound
 from vllm_batch_dagster.stages.intake import cancel_batch, create_batch
@@ -31,6 +32,7 @@ def submit_batch(
         services.randomness,
         project_id=project_id,
         windows=services.settings.completion_windows,
+        webhook_hosts=allowed_hosts(services.settings),
         claim_key=idempotency.claim_key(BATCHES),
         on_repeat=idempotency.mark_replayed,
     )
@@ -48,12 +50,13 @@ def list_batches(
         page = services.store.batches.list(after=after, limit=limit, project_id=project_id)
     except NotFound as missing:
         raise unknown_cursor(after) from missing
-    return present_batches(page)
+    return present_batches(page, services.pauses.standing(), services.clock())
 
 
 @router.get("/{batch_id}", responses=error_responses(404))
-def retrieve_batch(batch: BatchDep) -> BatchObject:
-    return present_batch(batch)
+def retrieve_batch(batch: BatchDep, services: ServicesDep) -> BatchObject:
+    pauses = () if batch.is_terminal else services.pauses.standing()
+    return present_batch(batch, pauses, services.clock())
 
 
 @router.post("/{batch_id}/cancel", responses=error_responses(404, 409))

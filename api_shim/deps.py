@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 
 from api_shim.errors import BODY_TOO_LARGE, UNSUPPORTED_TYPE
 from api_shim.turns import Turns
+from vllm_batch_dagster.composition import build_pauses
 from vllm_batch_dagster.core.creation import Randomness, is_storable
 from vllm_batch_dagster.core.errors import InvalidInput, NotFound
 from vllm_batch_dagster.core.models import Batch, File
@@ -19,11 +20,13 @@ from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore, ModelCat
 from vllm_batch_dagster.core.preflight import ModelFacts
 from vllm_batch_dagster.settings import Settings
 from vllm_batch_dagster.stages.intake import find_file
+from vllm_batch_dagster.stages.pausing import PauseBoard
 
 MAX_JSON_BYTES = 1 << 20
 DISK_THREADS = 16
 MOST_FOLLOWERS = 100  # of results of open batches: each looks once a second
 MOST_PREFLIGHTS = 2  # at once: they take a core each
+MOST_WEBHOOK_TESTS = 8  # at once: a receiver that hangs takes a thread for ten seconds
 PROJECT = "vllm_batch.project"  # key of the ASGI scope; missing where a stranger may look too
 _JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\s*(?:;.*)?", re.IGNORECASE)
 
@@ -93,7 +96,12 @@ class Services:
     arrivals: Arrivals = field(default_factory=Arrivals)
     followers: Seats = field(default_factory=lambda: Seats(MOST_FOLLOWERS))
     preflights: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MOST_PREFLIGHTS))
+    webhook_tests: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MOST_WEBHOOK_TESTS))
     completions: Turns = field(default_factory=Turns)
+    pauses: PauseBoard = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pauses", build_pauses(self.settings, self.store, self.clock))
 
 
 async def get_services(request: Request) -> Services:

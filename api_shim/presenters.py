@@ -1,6 +1,7 @@
 """Core values in, wire objects out. Pure; called by every route."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from api_shim.schemas import (
     BatchErrorList,
@@ -13,12 +14,15 @@ from api_shim.schemas import (
     ModelList,
     ModelObject,
     OutputTokensDetails,
+    PauseObject,
+    RepairsObject,
     RequestCountsObject,
     UploadObject,
     UploadPartObject,
     UsageObject,
 )
 from vllm_batch_dagster.core.models import Batch, File, LineError, Model, Page, RequestCounts, Usage
+from vllm_batch_dagster.core.pauses import Pause, find_pause
 from vllm_batch_dagster.core.uploads import Upload, UploadPart
 
 MODEL_OWNER = "vllm"
@@ -62,7 +66,9 @@ def present_part(part: UploadPart) -> UploadPartObject:
     return UploadPartObject(id=part.id, created_at=part.created_at, upload_id=part.upload_id)
 
 
-def present_batch(batch: Batch) -> BatchObject:
+def present_batch(batch: Batch, pauses: Sequence[Pause] = (), now: float = 0.0) -> BatchObject:
+    """`pauses` are those that hold at `now`."""
+    pause = None if batch.is_terminal else find_pause(pauses, batch.id, batch.model, now)
     return BatchObject(
         id=batch.id,
         endpoint=batch.endpoint,
@@ -85,12 +91,20 @@ def present_batch(batch: Batch) -> BatchObject:
         request_counts=present_counts(batch.counts),
         usage=_present_usage(batch.usage) if batch.usage else None,
         metadata=dict(batch.metadata) if batch.metadata is not None else None,
+        paused=_present_pause(pause) if pause else None,
+        repairs=RepairsObject(**asdict(batch.repairs)) if batch.repairs else None,
     )
 
 
-def present_batches(page: Page[Batch]) -> BatchList:
+def _present_pause(pause: Pause) -> PauseObject:
+    # The first line: what follows may be the end of the engine's log, which is the operator's.
+    reason = pause.reason.partition("\n")[0]
+    return PauseObject(cause=pause.cause.value, reason=reason, since=pause.since, until=pause.until)
+
+
+def present_batches(page: Page[Batch], pauses: Sequence[Pause] = (), now: float = 0.0) -> BatchList:
     return BatchList(
-        data=[present_batch(batch) for batch in page.data],
+        data=[present_batch(batch, pauses, now) for batch in page.data],
         first_id=page.data[0].id if page.data else None,
         last_id=page.data[-1].id if page.data else None,
         has_more=page.has_more,

@@ -11,6 +11,7 @@ from api_shim.errors import envelope, error_responses
 from api_shim.idempotency import IDEMPOTENCY_PARAMETER, IdempotencyDep
 from api_shim.presenters import present_batch
 from api_shim.schemas import RETRY_SCHEMA, BatchObject
+from vllm_batch_dagster.composition import allowed_hosts
 from vllm_batch_dagster.core.claims import BATCHES
 from vllm_batch_dagster.core.errors import NotFound
 from vllm_batch_dagster.core.models import Batch
@@ -54,6 +55,7 @@ async def retry(
             services.randomness,
             settings.completion_windows,
             find_room(batch.project_id, settings.max_stored_bytes, store, services.clock()),
+            allowed_hosts(settings),
         )
         key = idempotency.claim_key(BATCHES)
         return retry_batch(batch, params, ports, claim_key=key, on_repeat=idempotency.mark_replayed)

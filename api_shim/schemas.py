@@ -99,6 +99,24 @@ class UsageObject(BaseModel):
     total_tokens: int
 
 
+class PauseObject(BaseModel):
+    """An extension: OpenAI's batches are never paused."""
+
+    cause: Literal["operator", "schedule", "gpu", "engine", "storage"]
+    reason: str
+    since: int
+    until: int | None
+
+
+class RepairsObject(BaseModel):
+    """An extension: what repair rounds did, of a batch that asks for them and has ended."""
+
+    repaired: int
+    unrepaired: int
+    repeats: int
+    repeat_tokens: int
+
+
 class BatchObject(BaseModel):
     id: str
     object: Literal["batch"] = "batch"
@@ -124,6 +142,8 @@ class BatchObject(BaseModel):
     request_counts: RequestCountsObject
     usage: UsageObject | None
     metadata: dict[str, str] | None
+    paused: PauseObject | None = Field(default=None, exclude_if=lambda pause: pause is None)
+    repairs: RepairsObject | None = Field(default=None, exclude_if=lambda repairs: repairs is None)
 
 
 class BatchList(BaseModel):

@@ -17,7 +17,7 @@ from bench.figures import Figure, format_number
 from bench.machine import describe_machine
 from bench.plan import QUICK, Plan, Sizes
 from bench.report import RESULTS, write_result
-from bench.scenarios import SCENARIOS, Measure
+from bench.scenarios import ONLY_BY_NAME, SCENARIOS, Measure
 from bench.stack import forget_settings
 from bench.terminal import say
 from vllm_batch_dagster.core.errors import BatchError
@@ -50,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join(SCENARIOS)}; default: all")
+    parser.add_argument(
+        "scenarios",
+        nargs="*",
+        metavar="SCENARIO",
+        help=f"of {', '.join(SCENARIOS)}; default: all but {' and '.join(sorted(ONLY_BY_NAME))}",
+    )
     parser.add_argument("--runs", type=_positive, default=3, metavar="N", help="repetitions (default: 3)")
     parser.add_argument("--quick", action="store_true", help="few lines, once: proves only that it works")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"default: {RESULTS.parent.name}/{RESULTS.name}")
@@ -75,7 +80,8 @@ def choose(names: Sequence[str]) -> list[Measure]:
     """Return the measurements behind the names, each once. Raises SystemExit for a name that is none."""
     if unknown := sorted(set(names) - set(SCENARIOS)):
         raise SystemExit(f"no scenario {', '.join(unknown)}; there are: {', '.join(SCENARIOS)}")
-    return list(dict.fromkeys(SCENARIOS[name] for name in names or SCENARIOS))
+    chosen = names or [name for name in SCENARIOS if name not in ONLY_BY_NAME]
+    return list(dict.fromkeys(SCENARIOS[name] for name in chosen))
 
 
 def _measure_all(plan: Plan, measures: Sequence[Measure]) -> None:

@@ -52,9 +52,9 @@ def refuse_failures(dagster_url: str, batch_id: str) -> None:
         raise BenchFailed(f"a run of {batch_id} failed: {', '.join(failed)}")
 
 
-def wait_until_over(dagster_url: str, batch_id: str) -> None:
+def wait_until_over(dagster_url: str, batch_id: str, seconds: float = _END_SECONDS) -> None:
     """Return when every run of the batch has ended: deliveries and curation go on after `completed`."""
-    deadline = time.monotonic() + _END_SECONDS
+    deadline = time.monotonic() + seconds
     while any(record["endTime"] is None for record in _ask(dagster_url, batch_id)):
         if time.monotonic() > deadline:
             raise BenchFailed(f"the runs of {batch_id} do not end")

@@ -49,3 +49,28 @@ def write_prompt(number: int) -> str:
 def read_bodies(path: Path) -> list[bytes]:
     """Return the request bodies of an input file, for a client that talks to the engine itself."""
     return [json.dumps(json.loads(line)["body"]).encode() for line in path.read_text().splitlines()]
+
+
+def write_models(path: Path, name: str) -> Path:
+    """Write a catalogue with one model, for a measurement whose engine is simulated or absent."""
+    path.write_text(f"models:\n  - name: {name}\n    path: someone/{name}\n")
+    return path
+
+
+def write_padded_file(path: Path, lines: int, model: str, line_bytes: int) -> Path:
+    """Write `lines` chat requests of `line_bytes` bytes each, the newline among them; every custom_id differs."""
+    head, tail = json.dumps(_line(0, model, 8)).replace("line-000000", "line-%07d").rsplit("Question", 1)
+    room = line_bytes - len(f"{head}Question{tail}") + len("%07d") - 7 - 1
+    line = f"{head}{'word ' * (room // 5)}{'.' * (room % 5)}Question{tail}\n"
+    with path.open("w") as file:
+        file.writelines(line % number for number in range(lines))
+    return path
+
+
+def write_sized_file(path: Path, size: int) -> Path:
+    """Write a file of `size` bytes made of lines like those of an input file."""
+    block = b"".join(json.dumps(_line(number, "simulated", 8)).encode() + b"\n" for number in range(4000))
+    with path.open("wb") as file:
+        for start in range(0, size, len(block)):
+            file.write(block[: size - start])
+    return path

@@ -8,7 +8,20 @@ from typing import Any
 from bench.figures import Result, format_number
 
 RESULTS = Path(__file__).resolve().parent / "results"
-ORDER = ("cold", "warm", "latency", "orchestration", "overhead", "memory", "import")
+ORDER = (
+    *("cold", "warm", "latency", "orchestration", "overhead", "memory", "import", "journal", "million"),
+    *(
+        "recovery-engine",
+        "recovery-simulated",
+        "recovery-run",
+        "kills",
+        "kills-real",
+        "faults",
+        "validation",
+        "upload",
+        "polling",
+    ),
+)
 
 _HEAD = """# Measurements
 

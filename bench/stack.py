@@ -155,9 +155,9 @@ class Stack:
 
 
 @contextmanager
-def running_stack(folder: Path, **settings: str) -> Iterator[Stack]:
-    """Run a stack until the block ends, however it ends."""
-    stack = Stack(folder, settings)
+def running_stack(folder: Path | Stack, **settings: str) -> Iterator[Stack]:
+    """Run a stack until the block ends, however it ends: the one that is given, or one of these settings."""
+    stack = folder if isinstance(folder, Stack) else Stack(folder, settings)
     say("starting the stack")
     try:
         stack.start()

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from handlers.base import ResultHandler, Results
+from handlers.settings import HandlerSettings
 
 
 class DirectoryHandler(ResultHandler):
     """Writes `<folder>/<batch id>.jsonl`: output lines, then error lines. A repeat replaces the file."""
 
     def __init__(self, folder: str | None = None) -> None:
-        self._folder = folder if folder is not None else os.environ.get("DELIVERY_FOLDER", "")
+        self._folder = folder if folder is not None else HandlerSettings().delivery_folder
 
     def name(self) -> str:
         return "directory"

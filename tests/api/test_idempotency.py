@@ -201,3 +201,32 @@ def test_64_the_sdk_does_not_repeat_a_conflict(base_url: str) -> None:
         with pytest.raises(ConflictError):
             sdk.files.create(file=b"[]\n", purpose="batch", extra_headers=ONCE)
     assert len(calls) == 2
+
+
+UPLOAD = {"filename": "in.jsonl", "purpose": "batch", "bytes": 3, "mime_type": "application/jsonl"}
+
+
+def test_64_the_same_upload_is_made_once(client: TestClient) -> None:
+    first = client.post("/v1/uploads", json=UPLOAD, headers=ONCE)
+    second = client.post("/v1/uploads", json=UPLOAD, headers=ONCE)
+    assert (first.status_code, second.status_code) == (200, 200)
+    assert second.json() == first.json()
+    assert ("idempotent-replayed" in first.headers, second.headers["idempotent-replayed"]) == (False, "true")
+    read_conflict(client.post("/v1/uploads", json=UPLOAD | {"bytes": 4}, headers=ONCE))
+    assert client.post("/v1/uploads", json=UPLOAD).json()["id"] != first.json()["id"]
+
+
+def test_64_a_completion_sent_again_is_told_so_and_its_key_is_for_nothing_else(client: TestClient) -> None:
+    def begin() -> tuple[str, str]:
+        path = f"/v1/uploads/{client.post('/v1/uploads', json=UPLOAD).json()['id']}"
+        return path, client.post(f"{path}/parts", files={"data": b"{}\n"}).json()["id"]
+
+    (path, part), (other, other_part) = begin(), begin()
+    first, second = (client.post(f"{path}/complete", json={"part_ids": [part]}, headers=ONCE) for _ in range(2))
+    assert (first.status_code, second.status_code) == (200, 200)
+    assert second.json() == first.json()
+    assert ("idempotent-replayed" in first.headers, second.headers["idempotent-replayed"]) == (False, "true")
+    read_conflict(client.post(f"{path}/complete", json={"part_ids": [part], "md5": "0" * 32}, headers=ONCE))
+    read_conflict(client.post(f"{other}/complete", json={"part_ids": [other_part]}, headers=ONCE))
+    assert client.post(f"{other}/complete", json={"part_ids": [other_part]}).status_code == 200
+    assert count(client, "/v1/files") == 2

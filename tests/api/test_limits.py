@@ -115,6 +115,26 @@ class TestStoredBytes:
         assert client.post("/v1/uploads", json=params).status_code == 403
         assert client.post("/v1/uploads", json=params | {"bytes": 100}).status_code == 200
 
+    def test_parts_take_room_until_their_upload_is_closed(self, client: TestClient) -> None:
+        params = {"filename": "in.jsonl", "purpose": "batch", "bytes": 60, "mime_type": "application/jsonl"}
+        path = f"/v1/uploads/{client.post('/v1/uploads', json=params).json()['id']}"
+        part = client.post(f"{path}/parts", files={"data": b"x" * 60})
+        assert self.send(client, 41).status_code == 403
+        assert client.post("/v1/uploads", json=params).status_code == 403
+        assert client.post(f"{path}/parts", files={"data": b"x" * 41}).status_code == 403
+
+        assert client.post(f"{path}/complete", json={"part_ids": [part.json()["id"]]}).status_code == 200
+        assert self.send(client, 41).status_code == 403
+        assert self.send(client, 40).status_code == 200
+
+    def test_a_cancelled_upload_gives_its_room_back(self, client: TestClient) -> None:
+        params = {"filename": "in.jsonl", "purpose": "batch", "bytes": 90, "mime_type": "application/jsonl"}
+        path = f"/v1/uploads/{client.post('/v1/uploads', json=params).json()['id']}"
+        assert client.post(f"{path}/parts", files={"data": b"x" * 90}).status_code == 200
+        assert self.send(client, 90).status_code == 403
+        client.post(f"{path}/cancel")
+        assert self.send(client, 90).status_code == 200
+
     def test_the_sdk_sends_it_once(self, base_url: str) -> None:
         calls: list[str] = []
         transport = httpx2.Client(event_hooks={"request": [lambda request: calls.append(str(request.url))]})

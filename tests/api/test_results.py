@@ -140,3 +140,22 @@ def test_journals_that_are_gone_leave_the_output_file(client: TestClient, rig: R
     gone = client.get(f"/v1/batches/{batch_id}/results", params={"after": cursor})
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "results_gone")
     assert ids(client.get(f"/v1/batches/{batch_id}/results").content) == ["id-0"]
+
+
+def test_head_of_results_has_the_headers_and_no_body(client: TestClient, rig: Rig) -> None:
+    batch_id = rig.start(3)
+    path, attempt = f"/v1/batches/{batch_id}/results", rig.begin(batch_id)
+    give(attempt, 0)
+    give(attempt, 1, ok=False)
+    for query in ("", "?include=errors", "?follow=1"):
+        head, got = client.head(path + query), client.get(path + query.replace("?follow=1", ""))
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["x-next-cursor"] == got.headers["x-next-cursor"]
+    assert client.head(f"{path}?after=nothing").status_code == 400
+    give(attempt, 2)
+    finish(rig, batch_id, attempt)
+    for query in ("", "?include=errors"):
+        head, got = client.head(path + query), client.get(path + query, headers={"accept-encoding": "identity"})
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(got.content))
+    assert client.head("/v1/batches/batch_none/results").status_code == 404

@@ -18,12 +18,14 @@ GENERATED = settings(
 )
 # A schema cannot say which ids exist, nor how long `43200m` is: valid requests may be refused.
 NOT_HELD = [positive_data_acceptance]
-# The batch has ended without results, and no part of an upload is known.
+# The batch has ended without results, no part of an upload is known, and generated URLs are not those of receivers.
 NEVER_200 = {
     "GET /v1/batches/{batch_id}/results",
     "POST /v1/batches/{batch_id}/cancel",
     "POST /v1/batches/{batch_id}/retry",
     "POST /v1/uploads/{upload_id}/complete",
+    "POST /v1/webhook_endpoints",
+    "POST /v1/webhook_endpoints/{webhook_endpoint_id}/test",
 }
 OPEN = {"GET /", "GET /health"}
 
@@ -46,10 +48,14 @@ def make_objects(
         wanted = {"filename": "a", "purpose": "batch", "bytes": 1, "mime_type": "text/plain"}
         pending = client.post("/v1/uploads", json=wanted)
         assert pending.status_code == 200, pending.text
+        hook = {"name": "a", "url": "https://receiver.invalid/", "event_types": ["batch.failed"]}
+        endpoint = client.post("/v1/webhook_endpoints", json=hook)
+        assert endpoint.status_code == 200, endpoint.text
         return {
             "file_id": str(upload()["id"]),
             "batch_id": lead_to("completed"),
             "upload_id": str(pending.json()["id"]),
+            "webhook_endpoint_id": str(endpoint.json()["id"]),
         }
 
     return make_objects

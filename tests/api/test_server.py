@@ -115,11 +115,11 @@ def test_memory_does_not_grow_with_the_file(server: ServerProcess) -> None:
 
 def test_a_stop_in_the_middle_of_an_upload_leaves_nothing(environment: dict[str, str], server: ServerProcess) -> None:
     folder = Path(environment["VLLM_BATCH_HOME"]) / "files"
-    body = b"".join(form_of([b"x" * MIB, b"x" * MIB]))
+    body = b"".join(form_of([b"x" * MIB] * 5))
     with socket.create_connection(("127.0.0.1", int(environment["API_PORT"]))) as connection:
         head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=cut\r\n\r\n")
-        connection.sendall(body[: MIB + MIB // 2])
+        connection.sendall(body[: 4 * MIB + MIB // 2])
         wait_for(lambda: stored_bytes(folder) > 0)
         server.process.terminate()
         server.process.communicate(timeout=20)

@@ -30,6 +30,8 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
         "headers": {"content-type": FORM},
     },
     ("POST", "/v1/uploads/{upload_id}/complete"): {"json": {"part_ids": []}},
+    ("POST", "/v1/webhook_endpoints/{webhook_endpoint_id}"): {"json": {"name": "taken over"}},
+    ("POST", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {"json": {"event_type": "batch.failed"}},
 }
 
 
@@ -58,6 +60,12 @@ class Tenant:
     def begin_upload(self) -> str:
         params = {"filename": "in.jsonl", "purpose": "batch", "bytes": 3, "mime_type": "application/jsonl"}
         answer = self.ask("POST", "/v1/uploads", json=params)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    def add_webhook(self) -> str:
+        params = {"name": "hook", "url": "https://receiver.invalid/", "event_types": ["batch.failed"]}
+        answer = self.ask("POST", "/v1/webhook_endpoints", json=params)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["id"])
 
@@ -95,7 +103,12 @@ def ids(owner: Tenant, stranger: Tenant, store: BatchStore, files: FileStore, cl
     store.batches.advance(batch_id, BatchEvent.PUBLISHED, int(clock()), files=(output,), output_file_id="file-output")
     upload_id = owner.begin_upload()
     owner.send_part(upload_id)
-    return {"file_id": file_id, "batch_id": batch_id, "upload_id": upload_id}
+    return {
+        "file_id": file_id,
+        "batch_id": batch_id,
+        "upload_id": upload_id,
+        "webhook_endpoint_id": owner.add_webhook(),
+    }
 
 
 def routes_of(routes: Any) -> Iterator[APIRoute]:
@@ -144,6 +157,7 @@ def snapshot(tenant: Tenant) -> dict[str, Any]:
     return {
         "files": tenant.ask("GET", "/v1/files").json(),
         "batches": tenant.ask("GET", "/v1/batches").json(),
+        "webhooks": tenant.ask("GET", "/v1/webhook_endpoints").json(),
         "contents": [tenant.ask("GET", f"/v1/files/{file_id}/content").content for file_id in file_ids],
     }
 
@@ -164,7 +178,10 @@ def test_the_owner_passes_where_the_stranger_does_not(app: FastAPI, owner: Tenan
 def test_lists_hold_what_is_ones_own(owner: Tenant, stranger: Tenant, ids: dict[str, str]) -> None:
     mine = stranger.upload()
     batch = stranger.create(mine)
+    webhook = stranger.add_webhook()
 
+    assert stranger.listed("/v1/webhook_endpoints") == [webhook]
+    assert owner.listed("/v1/webhook_endpoints") == [ids["webhook_endpoint_id"]]
     assert stranger.listed("/v1/files") == [mine]
     assert stranger.listed("/v1/batches") == [batch]
     assert set(owner.listed("/v1/files")) == {ids["file_id"], "file-output"}
@@ -172,7 +189,14 @@ def test_lists_hold_what_is_ones_own(owner: Tenant, stranger: Tenant, ids: dict[
     assert stranger.listed("/v1/files", purpose="batch_output") == []
 
 
-@pytest.mark.parametrize(("path", "parameter"), [("/v1/files", "file_id"), ("/v1/batches", "batch_id")])
+@pytest.mark.parametrize(
+    ("path", "parameter"),
+    [
+        ("/v1/files", "file_id"),
+        ("/v1/batches", "batch_id"),
+        ("/v1/webhook_endpoints", "webhook_endpoint_id"),
+    ],
+)
 def test_a_foreign_cursor_is_an_unknown_one(stranger: Tenant, ids: dict[str, str], path: str, parameter: str) -> None:
     theirs, unknown = ids[parameter], ids[parameter][:-8] + "00000000"
     answers = [stranger.ask("GET", path, params={"after": after}) for after in (theirs, unknown)]

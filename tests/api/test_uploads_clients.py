@@ -103,13 +103,14 @@ def test_the_bytes_of_a_project_are_limited_here_too(client: TestClient, app: Fa
     limited = services.settings.model_copy(update={"max_stored_bytes": 12})
     app.state.services = replace(services, settings=limited)
     first, second = Parts(client), Parts(client)
-    part_ids = [upload.add(b"123456789") for upload in (first, second)]
+    kept = first.add(b"123456789")
 
-    assert first.complete(part_ids[0]).status_code == 200
-    assert read_error(second.complete(part_ids[1]), 403)["code"] == "storage_limit_exceeded"
+    assert read_error(second.send(b"123456789"), 403)["code"] == "storage_limit_exceeded"
+    assert first.complete(kept).status_code == 200
+    assert read_error(second.send(b"123456789"), 403)["code"] == "storage_limit_exceeded"
     assert read_error(client.post("/v1/uploads", json=PARAMS), 403)["code"] == "storage_limit_exceeded"
     client.delete(f"/v1/files/{client.get('/v1/files').json()['data'][0]['id']}")
-    assert second.complete(part_ids[1]).status_code == 200
+    assert second.complete(second.add(b"123456789")).status_code == 200
 
 
 def test_an_upload_of_another_project_is_unknown(client: TestClient, app: FastAPI) -> None:

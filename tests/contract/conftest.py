@@ -17,6 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from tests.contract.object_server import ObjectServer, run_objects
 from vllm_batch_dagster.adapters.memory import MemoryStore
 from vllm_batch_dagster.adapters.store import SqlStore, open_store, schema
 
@@ -148,6 +149,28 @@ def wait_until_ready(postgres: Postgres, server: "subprocess.Popen[bytes]", log:
 def postgres() -> Iterator[Postgres]:
     with run_postgres() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    with run_objects(tmp_path_factory.mktemp("objects")) as server:
+        yield server
+
+
+@pytest.fixture
+def objects(object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
+    """A server of objects that the environment of this process leads to."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in object_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return object_server
+
+
+@pytest.fixture(scope="session")
+def handler_dsn(postgres: Postgres) -> str:
+    """A database for the handler `postgres`; each test takes a schema of its own."""
+    return f"postgresql://postgres@127.0.0.1:{postgres.port}/{postgres.create_database()}"
 
 
 @pytest.fixture(scope="session")

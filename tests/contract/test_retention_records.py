@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vllm_batch_dagster.core.claims import BATCHES, Claim, ClaimKey
 from vllm_batch_dagster.core.errors import BatchError, NotFound, StateConflict
 from vllm_batch_dagster.core.models import Batch, ChunkRange, ChunkSummary, File, RequestCounts, Usage
 from vllm_batch_dagster.core.ports import BatchStore
@@ -188,6 +189,18 @@ class TestForget:
         assert [batch.id for batch in store.batches.list().data] == ["batch_2"]
         with pytest.raises(NotFound):
             store.retention.forget("batch_1")
+
+    def test_its_claim_is_free_again(self, store: BatchStore) -> None:
+        claim = Claim(ClaimKey("default", BATCHES, "k"), "f1")
+        add_batch(store)
+        end_batch(store)
+        store.retention.purge("batch_1", NOW)
+        batch = replace(store.batches.get("batch_1"), id="batch_9", purged_at=NOW)
+        assert store.batches.add(batch, claim=claim) == "batch_9"
+
+        store.retention.forget("batch_9")
+
+        assert store.idempotency.find(claim, NOW) is None
 
     def test_only_after_the_purge(self, store: BatchStore) -> None:
         add_batch(store)

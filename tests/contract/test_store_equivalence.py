@@ -23,8 +23,10 @@ from hypothesis.stateful import (
 
 from vllm_batch_dagster.adapters.memory import MemoryStore
 from vllm_batch_dagster.adapters.store import SqlStore, open_store
+from vllm_batch_dagster.core.claims import Claim, ClaimKey
 from vllm_batch_dagster.core.errors import BatchError
 from vllm_batch_dagster.core.models import (
+    DEFAULT_PROJECT,
     Attempt,
     Batch,
     ChunkRange,
@@ -36,6 +38,7 @@ from vllm_batch_dagster.core.models import (
     Usage,
 )
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
+from vllm_batch_dagster.core.uploads import Upload, UploadPart, UploadStatus
 
 Store = MemoryStore | SqlStore
 
@@ -63,6 +66,9 @@ changes = st.fixed_dictionaries(
     },
 )
 summaries = st.builds(ChunkSummary, counts, usages, sent=numbers, finish_reasons=st.just({"stop": 1}))
+UPLOAD_IDS = ("upload_a", "upload_b")
+upload_ids = st.sampled_from(UPLOAD_IDS)
+claims = st.none() | st.builds(Claim, st.just(ClaimKey("p", "uploads", "k")), st.sampled_from(["f1", "f2"]))
 plans = st.sampled_from([(), (10,), (10, 5)])
 events = st.sampled_from(BatchEvent)
 
@@ -79,6 +85,8 @@ class Twins(RuleBasedStateMachine):
         shutil.copy(self.template, self.folder / "batches.db")
         self.sql = open_store(f"sqlite:///{self.folder / 'batches.db'}")
         self.memory = MemoryStore()
+        self.uploads: set[str] = set()
+        self.parts = 0
 
     def teardown(self) -> None:
         self.sql.close()
@@ -156,6 +164,47 @@ class Twins(RuleBasedStateMachine):
     @rule(attempt=attempts, outcome=st.sampled_from(["engine_failure", "stopped", "error"]), now=times)
     def give_back(self, attempt: Attempt, outcome: str, now: int) -> None:
         self.both(lambda store: store.chunks.give_back(attempt, outcome, now))
+
+    @rule(upload_id=upload_ids, now=times, claim=claims)
+    def add_upload(self, upload_id: str, now: int, claim: Claim | None) -> None:
+        if upload_id in self.uploads:
+            return  # ids are random: none comes twice
+        upload = Upload(upload_id, "in", "x", 9, "text/plain", now, now + 3)
+        if self.both(lambda store: store.uploads.add(upload, claim=claim)) == upload_id:
+            self.uploads.add(upload_id)
+
+    @rule(upload_id=upload_ids, size=numbers, now=times)
+    def add_part(self, upload_id: str, size: int, now: int) -> None:
+        self.parts += 1
+        part = UploadPart(f"part_{self.parts}", upload_id, size, now)
+        self.both(lambda store: store.uploads.add_part(part))
+
+    @rule(upload_id=upload_ids, file_id=file_ids)
+    def begin_completion(self, upload_id: str, file_id: str) -> None:
+        self.both(lambda store: store.uploads.begin_completion(upload_id, file_id))
+
+    @rule(upload_id=upload_ids, file=files, claim=claims)
+    def complete_upload(self, upload_id: str, file: File, claim: Claim | None) -> None:
+        self.both(lambda store: store.uploads.complete(upload_id, file, ("part_1",), "00", claim=claim))
+
+    @rule(upload_id=upload_ids, status=st.sampled_from([UploadStatus.CANCELLED, UploadStatus.EXPIRED]))
+    def close_upload(self, upload_id: str, status: UploadStatus) -> None:
+        self.both(lambda store: store.uploads.close(upload_id, status))
+
+    @rule(upload_id=upload_ids, forget=st.booleans())
+    def clear_upload(self, upload_id: str, forget: bool) -> None:
+        self.both(lambda store: store.uploads.delete(upload_id) if forget else store.uploads.drop_parts(upload_id))
+        if forget:
+            self.uploads.discard(upload_id)
+
+    @invariant()
+    def they_show_the_same_uploads(self) -> None:
+        self.both(lambda store: store.uploads.stored_bytes(DEFAULT_PROJECT))
+        self.both(lambda store: store.uploads.stale(1_006, 1_004, 9))
+        for upload_id in UPLOAD_IDS:
+            self.both(lambda store, upload_id=upload_id: store.uploads.get(upload_id))  # type: ignore[misc]
+            self.both(lambda store, upload_id=upload_id: store.uploads.parts(upload_id))  # type: ignore[misc]
+            self.both(lambda store, upload_id=upload_id: store.uploads.held(upload_id))  # type: ignore[misc]
 
     @invariant()
     def they_show_the_same(self) -> None:

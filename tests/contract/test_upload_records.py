@@ -10,7 +10,8 @@ import pytest
 from vllm_batch_dagster.adapters.local_files import LocalFiles
 from vllm_batch_dagster.adapters.memory import MemoryFiles
 from vllm_batch_dagster.adapters.store import SqlStore, open_store
-from vllm_batch_dagster.core.errors import InvalidInput, NotFound, StateConflict
+from vllm_batch_dagster.core.claims import COMPLETIONS, UPLOADS, Claim, ClaimKey
+from vllm_batch_dagster.core.errors import ClaimConflict, InvalidInput, NotFound, StateConflict
 from vllm_batch_dagster.core.models import File
 from vllm_batch_dagster.core.ports import BatchStore, FileStore
 from vllm_batch_dagster.core.uploads import PartTotals, Upload, UploadPart, UploadStatus
@@ -269,3 +270,38 @@ class TestPartContents:
                 files.parts.open(*ids)
         files.parts.delete(bad)
         files.parts.open("upload_1", "part_1").close()
+
+
+def test_the_parts_of_a_project_take_room_until_they_are_dropped(begun: BatchStore) -> None:
+    begun.uploads.add(replace(UPLOAD, id="upload_2", project_id="other"))
+    begun.uploads.add_part(a_part(3, "upload_2", size=5))
+    assert [begun.uploads.stored_bytes(project) for project in ("default", "other", "none")] == [8, 5, 0]
+    complete(begun)
+    assert begun.uploads.stored_bytes("default") == 8
+    begun.uploads.drop_parts("upload_1")
+    assert begun.uploads.stored_bytes("default") == 0
+
+
+def test_the_second_call_of_a_claim_gets_the_first_upload(store: BatchStore) -> None:
+    claim = Claim(ClaimKey("default", UPLOADS, "k"), "f1")
+    assert store.uploads.add(UPLOAD, claim=claim) == "upload_1"
+    assert store.uploads.add(replace(UPLOAD, id="upload_2"), claim=claim) == "upload_1"
+    with pytest.raises(NotFound):
+        store.uploads.get("upload_2")
+    with pytest.raises(ClaimConflict):
+        store.uploads.add(replace(UPLOAD, id="upload_2"), claim=replace(claim, fingerprint="f2"))
+    store.uploads.delete("upload_1")
+    assert store.uploads.add(replace(UPLOAD, id="upload_2"), claim=claim) == "upload_2"
+
+
+def test_a_completion_keeps_its_claim_or_does_nothing(begun: BatchStore) -> None:
+    claim = Claim(ClaimKey("default", COMPLETIONS, "k"), "f1")
+    begun.uploads.add(replace(UPLOAD, id="upload_2"))
+    begun.uploads.begin_completion("upload_2", "file-2")
+    begun.uploads.complete("upload_2", replace(FILE, id="file-2"), (), "00", claim=claim)
+    begun.uploads.begin_completion("upload_1", FILE.id)
+    with pytest.raises(ClaimConflict):
+        begun.uploads.complete("upload_1", FILE, (), "00", claim=claim)
+    assert begun.uploads.get("upload_1").is_pending
+    assert [file.id for file in begun.files.list().data] == ["file-2"]
+    assert begun.idempotency.find(claim, NOW) == "upload_2"

@@ -18,9 +18,10 @@ from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteRepo
 from vllm_batch_dagster.adapters.memory import EchoEngine
 from vllm_batch_dagster.core.creation import FileFacts
 from vllm_batch_dagster.core.errors import EngineFailure, EngineUnavailable
-from vllm_batch_dagster.core.models import Batch
+from vllm_batch_dagster.core.models import DEFAULT_PROJECT, Batch
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineRequest
 from vllm_batch_dagster.defs.assets import build_assets
+from vllm_batch_dagster.defs.curation import build_curation
 from vllm_batch_dagster.defs.jobs import build_jobs
 from vllm_batch_dagster.defs.partitions import cell_key
 from vllm_batch_dagster.defs.sensors import build_sensors
@@ -88,9 +89,11 @@ class Graph:
         self.engine = Engine()
         self.use_engine()
         jobs = build_jobs()
+        curate, curate_schedule = build_curation()
         self.definitions = dg.Definitions(
             assets=build_assets(SLOTS),
-            jobs=jobs,
+            jobs=[*jobs, curate],
+            schedules=[curate_schedule],
             sensors=build_sensors(jobs),
             resources={"services": self.services},
             executor=dg.in_process_executor,
@@ -106,11 +109,12 @@ class Graph:
         """Store a file and a batch of it, as the API does. Returns the batch's id; `changes` are fields of Batch."""
         services = self.services
         content = chat_lines(lines) if isinstance(lines, int) else lines
-        facts = FileFacts("lines.jsonl", "batch")
+        project = str(changes.get("project_id", DEFAULT_PROJECT))
+        facts = FileFacts("lines.jsonl", "batch", project_id=project)
         ports: dict[str, Any] = {"store": services.store, "clock": services.clock, "randomness": secrets.token_bytes}
         file = receive_file([line + b"\n" for line in content], facts, files=services.files, **ports)
         params = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h"}
-        batch = create_batch(params, **ports)
+        batch = create_batch(params, project_id=project, **ports)
         if changes:
             batch = replace(batch, id=f"{batch.id}x", **changes)
             services.store.batches.add(batch)

@@ -47,7 +47,7 @@ ASSETS = {
         "deps": {"merged_output": "IdentityPartitionMapping"},
         "group": "batch",
         "kinds": {"python"},
-        "checks": {},
+        "checks": {"handlers_delivered": BATCHES, "webhooks_delivered": BATCHES},
         "pool": None,
     },
     "curated_export": {
@@ -55,7 +55,7 @@ ASSETS = {
         "deps": {"merged_output": "IdentityPartitionMapping"},
         "group": "batch",
         "kinds": {"parquet", "polars"},
-        "checks": {},
+        "checks": {"tasks_pushed": BATCHES},
         "pool": None,
     },
 }
@@ -63,8 +63,13 @@ JOBS = {
     "validate_batch": {"validated_input"},
     "infer_chunks": {"chunk_results"},
     "finalize_batch": {"merged_output", "deliveries", "curated_export"},
+    "deliver_batch": {"deliveries"},
 }
-SENSORS = {"reconcile_batches": (1, set(JOBS)), "stop_idle_engine": (30, set())}
+SCHEDULES = {
+    "retention_schedule": ("retention", "17 * * * *"),
+    "curate_schedule": ("curate_batch", "43 * * * *"),
+}
+SENSORS = {"reconcile_batches": (1, set(JOBS)), "stop_idle_engine": (30, set()), "watch_inbox": (5, {"ingest_inbox"})}
 
 # Run in a fresh process: what loading writes, opens, connects to, imports and costs.
 LOAD = """
@@ -169,6 +174,7 @@ def test_the_jobs(repository: dg.RepositoryDefinition) -> None:
     retried = {"dagster/retry_on_asset_or_op_failure": "true", "dagster/max_retries": "2"}
     assert repository.get_job("infer_chunks").tags == repository.get_job("finalize_batch").tags == retried
     assert not repository.get_job("validate_batch").tags
+    assert not repository.get_job("deliver_batch").tags  # what failed is tried again by the sensor, in its own time
 
 
 def test_the_sensors(repository: dg.RepositoryDefinition) -> None:
@@ -181,16 +187,12 @@ def test_the_sensors(repository: dg.RepositoryDefinition) -> None:
     assert shown == SENSORS
 
 
-def test_the_schedule(repository: dg.RepositoryDefinition) -> None:
-    (schedule,) = repository.schedule_defs
-    assert (schedule.name, schedule.job_name, schedule.cron_schedule) == (
-        "retention_schedule",
-        "retention",
-        "17 * * * *",
-    )
-    assert schedule.default_status is dg.DefaultScheduleStatus.RUNNING
-    assert schedule.description
-    assert repository.get_job("retention").executor_def.name == "in_process"
+def test_the_schedules(repository: dg.RepositoryDefinition) -> None:
+    assert {each.name: (each.job_name, each.cron_schedule) for each in repository.schedule_defs} == SCHEDULES
+    for schedule in repository.schedule_defs:
+        assert schedule.default_status is dg.DefaultScheduleStatus.RUNNING
+        assert schedule.description
+        assert repository.get_job(schedule.job_name).executor_def.name == "in_process"
 
 
 def test_it_loads_with_an_empty_environment(loaded: dict[str, Any]) -> None:

@@ -181,3 +181,25 @@ def test_a_cell_is_the_batch_and_the_slot() -> None:
         instance.add_dynamic_partitions("batches", ["batch_7"])
         cells = chunk_cells(13).get_partition_keys(dynamic_partitions_store=instance)
     assert [str(cell) for cell in cells][-1] == "batch_7|0012"
+
+
+STEP_FAILED = {"batch": BATCH, "dagster/failure_reason": "STEP_FAILURE"}
+
+
+@pytest.mark.parametrize(
+    ("recent", "failures"),
+    [
+        ([None] * 10, 3),
+        ([None, None], 2),
+        ([STEP_FAILED] * 5, 5),
+        ([STEP_FAILED, None, None, STEP_FAILED, None, None, STEP_FAILED, STEP_FAILED], 4),
+        ([None, None, None, None, STEP_FAILED], 3),
+    ],
+)
+def test_deaths_of_a_process_do_not_let_the_pause_grow(recent: list[dict[str, str] | None], failures: int) -> None:
+    """A batch that is killed a hundred times must not wait ten minutes each time."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        add_run(instance, SUCCESS)
+        for tags in recent:
+            add_run(instance, FAILURE, tags)
+        assert read_graph_state(instance, BATCH, (), NO_RUNS, START).failures == failures

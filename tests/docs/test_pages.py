@@ -18,11 +18,11 @@ FOREIGN = {
     "HF_HUB_OFFLINE",
     "HF_TOKEN",
     "VLLM_CPU_KVCACHE_SPACE",
-    *("BATCH_ID", "FILE_ID", "SPARE_ID", "UPLOAD_ID"),
+    *("BATCH_ID", "FILE_ID", "HOOK_ID", "SPARE_ID", "UPLOAD_ID"),
     "O_EXCL",
 }
 # Files that exist only in an installation, a state folder or another project.
-MADE_LATER = {"models.yaml", ".models/models.yaml", "engine.json"}
+MADE_LATER = {"report.md", ".questions.jsonl", "models.yaml", ".models/models.yaml", "engine.json", "my_handler.py"}
 SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".svg", ".sql", ".txt", ".jsonl"}
 
 

@@ -15,12 +15,15 @@ from vllm_batch_dagster.adapters.memory import EchoEngine, Faults, FixedClock, M
 from vllm_batch_dagster.core.journal import JournalRecord, read_records
 from vllm_batch_dagster.core.models import Batch, File, Model, StopReason
 from vllm_batch_dagster.core.modes import ValidationMode
+from vllm_batch_dagster.core.pause_ports import Watch
+from vllm_batch_dagster.core.pauses import Pause
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineManager, EngineRequest, FileStore
 from vllm_batch_dagster.core.retry import RetryPolicy
 from vllm_batch_dagster.core.states import BatchStatus
 from vllm_batch_dagster.stages.attempts import ChunkAttempt, PendingLine
 from vllm_batch_dagster.stages.inference import ChunkDone, InferencePolicy, InferencePorts, RangeInference
 from vllm_batch_dagster.stages.merging import MergePorts, MergeReport, merge_batch
+from vllm_batch_dagster.stages.pausing import PauseBoard
 from vllm_batch_dagster.stages.validation import ValidationLimits, ValidationReport, validate_batch
 
 # How long an example takes says nothing on a machine that others use too.
@@ -149,16 +152,19 @@ class Rig:
         policy: InferencePolicy = FAST,
         done: list[ChunkDone] | None = None,
         model: Model = TINY,
-    ) -> StopReason | None:
+        watches: Sequence[Watch] = (),
+        said: list[str] | None = None,
+    ) -> StopReason | Pause | None:
         """Run the chunks without a result, or `only` those given; `done` collects what is published."""
         wanted = [
             chunk
             for chunk in self.store.chunks.list(batch_id)
             if (not chunk.is_published if only is None else chunk.index in only)
         ]
-        ports = InferencePorts(self.store, self.files, self.workspace, engine, self.clock)
+        board = PauseBoard(self.store.pauses, self.clock, passing=watches)
+        ports = InferencePorts(self.store, self.files, self.workspace, engine, self.clock, pauses=board)
         finished: list[ChunkDone] = [] if done is None else done
-        said: list[str] = []
+        sentences: list[str] = [] if said is None else said
         return await RangeInference(
             ports,
             policy,
@@ -168,7 +174,7 @@ class Rig:
             fresh=frozenset(fresh),
             run_id="run",
             on_done=finished.append,
-            report=said.append,
+            report=sentences.append,
         ).run()
 
     def begin(self, batch_id: str, chunk: int = 0, *, fresh: bool = False) -> ChunkAttempt:

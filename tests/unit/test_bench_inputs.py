@@ -8,16 +8,21 @@ import pytest
 from bench.__main__ import choose
 from bench.baseline import BenchFailed, baseline_environment, check_same_engine, engine_arguments, show_arguments
 from bench.dagster_runs import Run
-from bench.dataset import read_bodies, write_chat_file, write_prompt
+from bench.dataset import read_bodies, write_chat_file, write_padded_file, write_prompt, write_sized_file
+from bench.polling import percentile
 from bench.rss import read_peak
-from bench.scenarios import SCENARIOS
+from bench.scenarios import ONLY_BY_NAME, SCENARIOS
 from bench.scenarios.latency import PARTS, split_parts
 from bench.scenarios.orchestration import per_chunk
+from bench.seeding import seed_batches
 from bench.trips import Trip
 from vllm_batch_dagster.adapters.engine.config import EngineConfig
 from vllm_batch_dagster.adapters.engine.launch import Launch, plan_launch
+from vllm_batch_dagster.composition import build_store
 from vllm_batch_dagster.core.lines import read_request
 from vllm_batch_dagster.core.models import Model
+from vllm_batch_dagster.core.states import BatchStatus
+from vllm_batch_dagster.settings import Settings
 
 
 @pytest.fixture
@@ -105,9 +110,42 @@ def test_a_process_that_has_ended_has_no_peak() -> None:
 
 def test_two_names_of_one_measurement_run_it_once() -> None:
     assert choose(["cold", "warm"]) == [SCENARIOS["cold"]]
-    assert choose([]) == list(dict.fromkeys(SCENARIOS.values()))
+    assert choose([]) == list(dict.fromkeys(SCENARIOS[name] for name in SCENARIOS if name not in ONLY_BY_NAME))
+
+
+def test_what_takes_long_is_measured_only_by_its_name() -> None:
+    assert {SCENARIOS[name] for name in ONLY_BY_NAME}.isdisjoint(choose([]))
+    assert choose(["million", "journal"]) == [SCENARIOS["million"], SCENARIOS["journal"]]
 
 
 def test_an_unknown_scenario_ends_with_the_names_that_there_are() -> None:
     with pytest.raises(SystemExit, match="no scenario hot; there are: cold, warm"):
         choose(["cold", "hot"])
+
+
+@pytest.mark.parametrize("line_bytes", [300, 4000])
+def test_a_padded_file_has_lines_of_one_length_that_pass_validation(tmp_path: Path, line_bytes: int) -> None:
+    lines = write_padded_file(tmp_path / "a", 12, "tiny", line_bytes).read_bytes().splitlines(keepends=True)
+    assert [len(line) for line in lines] == [line_bytes] * 12
+    assert [read_request(line)[0] for line in lines] == [f"line-{number:07d}" for number in range(12)]
+
+
+def test_a_sized_file_has_its_size_to_the_byte(tmp_path: Path) -> None:
+    assert write_sized_file(tmp_path / "a", 1_234_567).stat().st_size == 1_234_567
+
+
+def test_a_percentile_is_a_value_that_was_measured() -> None:
+    values = [float(number) for number in range(1, 201)]
+    assert [percentile(values, share) for share in (0.5, 0.99, 1)] == [100.0, 198.0, 200.0]
+    assert percentile([7.0], 0.99) == 7.0
+    with pytest.raises(ValueError, match="no values"):
+        percentile([], 0.5)
+
+
+def test_seeded_batches_are_what_the_api_lists(tmp_path: Path) -> None:
+    settings = Settings(_env_file=None, vllm_batch_home=tmp_path / "home", postgres_host="")
+    seed_batches(settings, 30)
+    page = build_store(settings).batches.list(limit=20)
+    assert (len(page.data), page.has_more) == (20, True)
+    assert {batch.status for batch in page.data} == {BatchStatus.COMPLETED}
+    assert [batch.created_at for batch in page.data] == sorted((b.created_at for b in page.data), reverse=True)

@@ -7,7 +7,6 @@ import pytest
 
 from vllm_batch_dagster.core.byteindex import (
     IndexEntry,
-    entry_hashes,
     estimate_tokens,
     pack_entry,
     pack_header,
@@ -51,10 +50,6 @@ def test_reading_starts_anywhere_whatever_was_read_before() -> None:
     assert list(read_entries(index, 0, 1)) == ENTRIES[:1]
     assert list(read_entries(index, 600, 0)) == []
     assert read_count(index) == 600
-
-
-def test_hashes_of_packed_entries() -> None:
-    assert list(entry_hashes(PACKED[16:])) == [entry.id_hash for entry in ENTRIES]
 
 
 def test_the_token_estimate_fits_its_field() -> None:

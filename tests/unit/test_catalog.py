@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_batch_dagster.adapters.catalog import REMEMBER_SECONDS, ServedCatalog, load_catalog
+from vllm_batch_dagster.adapters.catalog import REMEMBER_SECONDS, ServedCatalog, load_catalog, read_models
+from vllm_batch_dagster.adapters.followed_catalog import LOOK_SECONDS, FollowedCatalog
 from vllm_batch_dagster.core.errors import ConfigurationError, EngineUnavailable
 from vllm_batch_dagster.core.models import Model
 
@@ -46,6 +47,15 @@ class Servers:
 
 @pytest.fixture
 def engine() -> Iterator[Servers]:
+    yield from run_servers()
+
+
+@pytest.fixture
+def other_engine() -> Iterator[Servers]:
+    yield from run_servers()
+
+
+def run_servers() -> Iterator[Servers]:
     servers = Servers()
     thread = threading.Thread(target=servers.http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -181,6 +191,28 @@ class TestExtra:
         assert found.aliases == ("gpt-4o-mini", "small")
 
 
+class TestFollowed:
+    def test_a_changed_file_is_seen_after_a_while(self, file: Path) -> None:
+        now = [100.0]
+        catalog = FollowedCatalog(file, read_models(file), lambda: read_models(file), clock=lambda: now[0])
+        file.write_text("models: [{name: new, path: owner/new}]")
+        assert catalog.find("tiny") is not None
+        now[0] += LOOK_SECONDS
+        assert names(catalog.all()) == ["new"]
+        assert catalog.find("tiny") is None
+
+    def test_a_broken_or_missing_file_changes_nothing_until_it_is_whole(self, file: Path) -> None:
+        now = [100.0]
+        catalog = FollowedCatalog(file, read_models(file), lambda: read_models(file), clock=lambda: now[0])
+        for content in ("models: [", None):
+            file.write_text(content) if content else file.unlink()
+            now[0] += LOOK_SECONDS
+            assert names(catalog.all()) == ["tiny", "embedder", "big"]
+        file.write_text("models: [{name: new, path: owner/new}]")
+        now[0] += LOOK_SECONDS
+        assert names(catalog.all()) == ["new"]
+
+
 class TestServed:
     def test_the_servers_names_are_the_models(self, engine: Servers, tmp_path: Path) -> None:
         engine.serve(llama="owner/llama", adapter=None)
@@ -225,10 +257,17 @@ class TestServed:
         engine.serve(one="x")
         assert names(catalog.all()) == ["one"]
 
-    def test_the_first_server_that_answers_counts(self, engine: Servers, tmp_path: Path) -> None:
+    def test_a_server_that_does_not_answer_adds_nothing(self, engine: Servers, tmp_path: Path) -> None:
         engine.serve(one="x")
         catalog = load_catalog(tmp_path / "none.yaml", engine_url=f"{NOWHERE}, {engine.url}")
         assert names(catalog.all()) == ["one"]
+
+    def test_what_any_server_serves_is_a_model(self, engine: Servers, other_engine: Servers, tmp_path: Path) -> None:
+        engine.serve(one="x", both="first")
+        other_engine.serve(both="second", two="y")
+        catalog = load_catalog(tmp_path / "none.yaml", engine_url=f"{engine.url},{other_engine.url}")
+        assert names(catalog.all()) == ["one", "both", "two"]
+        assert catalog.find("both") == Model("both", "first")
 
     def test_no_server_at_all_names_each(self, tmp_path: Path) -> None:
         catalog = load_catalog(tmp_path / "none.yaml", engine_url=f"{NOWHERE},http://localhost:2")

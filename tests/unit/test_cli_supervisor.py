@@ -1,26 +1,25 @@
 """The supervisor with small services: order, readiness, deaths, stubbornness, and nothing left behind."""
 
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.unit.small_services import SLEEP, Signals, Stack, run_until, service, supervising
 from vllm_batch_dagster.cli import supervisor as supervisor_module
 from vllm_batch_dagster.cli.group_log import GroupLog
-from vllm_batch_dagster.cli.processes import STACK_VARIABLE, is_alive, kill_processes, stack_processes, wait_until
+from vllm_batch_dagster.cli.processes import is_alive, stack_processes, wait_until
 from vllm_batch_dagster.cli.services import Service
 from vllm_batch_dagster.cli.signals import StopSignals
 from vllm_batch_dagster.cli.supervisor import Supervisor, describe_exit
 
-SLEEP = "import time; print('hello', flush=True); time.sleep(120)"
 # Says whether SIGINT and SIGTERM act by default.
 HANDLERS = (
     "import signal, time;"
@@ -34,15 +33,6 @@ WITH_CHILD = (
     "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(120)']); print('hello', flush=True);"
     "time.sleep(120)"
 )
-
-Stack = Callable[..., Supervisor]
-
-
-class Signals(StopSignals):
-    """Signals that a test raises without touching the process."""
-
-    def raise_one(self) -> None:
-        self._count += 1
 
 
 @pytest.fixture
@@ -59,31 +49,8 @@ def log(tmp_path: Path) -> Iterator[GroupLog]:
 
 @pytest.fixture
 def stack(tmp_path: Path, log: GroupLog, signals: Signals) -> Iterator[Stack]:
-    """Make a supervisor; whatever a test leaves behind is killed."""
-    made = []
-
-    def make(*services: Service, on_change: Callable[[Supervisor], None] = lambda _: None) -> Supervisor:
-        env = {**os.environ, STACK_VARIABLE: str(tmp_path)}
-        made.append(Supervisor(services, env, log, signals, on_change))
-        return made[-1]
-
-    yield make
-    for supervisor in made:
-        supervisor.stop()
-    kill_processes(stack_processes(tmp_path))
-
-
-def service(name: str, code: str, *after: str, ready: Callable[[float], bool] = lambda _: True) -> Service:
-    return Service(name, ("-c", code), "green", after, ready)
-
-
-def run_until(supervisor: Supervisor, signals: Signals, is_done: Callable[[], bool]) -> str | None:
-    """Run until `is_done` and then send one signal."""
-    thread = threading.Thread(target=lambda: (wait_until(is_done, 20), signals.raise_one()))
-    thread.start()
-    failure = supervisor.run()
-    thread.join()
-    return failure
+    with supervising(tmp_path, log, signals) as make:
+        yield make
 
 
 def test_services_start_when_those_before_them_are_ready(stack: Stack, signals: Signals) -> None:
@@ -113,19 +80,13 @@ def test_readiness_gets_the_time_of_the_start(stack: Stack, signals: Signals) ->
     assert began <= times[0] <= time.time()
 
 
-def test_a_death_is_told_with_the_last_words(stack: Stack, log: GroupLog) -> None:
-    failure = stack(service("api", SLEEP), service("web", "print('cannot go on'); raise SystemExit(3)")).run()
+def test_a_death_before_it_was_ever_ready_is_told_with_the_last_words(stack: Stack, log: GroupLog) -> None:
+    dying = service("web", "print('cannot go on'); raise SystemExit(3)", ready=lambda _: False)
+    failure = stack(service("api", SLEEP), dying).run()
     assert failure is not None
     assert "the service web ended with exit code 3" in failure
     assert "cannot go on" in failure
     assert str(log.path("web")) in failure
-
-
-def test_a_killed_service_is_told_with_its_signal(stack: Stack) -> None:
-    supervisor = stack(service("api", SLEEP))
-    killer = threading.Timer(0.5, lambda: os.kill(supervisor.records()[0].pid, signal.SIGKILL))
-    killer.start()
-    assert "was killed by SIGKILL" in str(supervisor.run())
 
 
 def test_a_service_that_never_gets_ready_is_told(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

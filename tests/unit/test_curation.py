@@ -1,16 +1,12 @@
-"""Rows of the curated set: what of a request and its answer becomes text, and by which rule a row is refused."""
+"""Rows of the curated set: what of a request and its answer becomes text."""
 
 import hashlib
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 
-from vllm_batch_dagster.core.curation import CuratedRow, CurationRules, make_row, read_prompt, read_text, refuse_row
-
-RULES = CurationRules(min_output_tokens=2)
-GOOD = CuratedRow("batch_1", 0, "a", "tiny", "hi", "[]", "hello there", "stop", 1, 2, "00")
+from vllm_batch_dagster.core.curation import CuratedRow, make_row, read_prompt, read_text
 
 
 def row_of(asked: dict[str, Any], said: dict[str, Any]) -> CuratedRow:
@@ -89,19 +85,3 @@ def test_the_prompt_is_the_last_thing_asked(asked: dict[str, Any], prompt: str) 
 )
 def test_the_text_of_each_kind_of_answer(said: dict[str, Any], text: str) -> None:
     assert read_text(said) == text
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({}, None),
-        ({"answer": " \n"}, "no_text"),
-        ({"finish_reason": "length"}, "not_finished"),
-        ({"finish_reason": ""}, "not_finished"),
-        ({"finish_reason": "tool_calls"}, None),
-        ({"finish_reason": "completed"}, None),
-        ({"output_tokens": 1}, "too_short"),
-    ],
-)
-def test_what_is_refused(changes: dict[str, Any], reason: str | None) -> None:
-    assert refuse_row(replace(GOOD, **changes), RULES) == reason

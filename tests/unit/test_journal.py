@@ -59,7 +59,7 @@ def test_zeros_after_a_power_loss_are_passed_over(hole: int) -> None:
 def test_a_published_answer_is_checked_when_it_is_read() -> None:
     data = bytearray(encode_record(record(0)) + encode_record(record(1)))
     placed = list(read_records(io.BytesIO(data)))[1]
-    assert read_placed(io.BytesIO(data), placed.offset).custom_id == "id-1"
+    assert read_placed(io.BytesIO(data), placed.offset, placed.length).custom_id == "id-1"
     data[placed.offset + 5] ^= 1
     with pytest.raises(CorruptJournal, match="run the chunk again"):
-        read_placed(io.BytesIO(data), placed.offset)
+        read_placed(io.BytesIO(data), placed.offset, placed.length)

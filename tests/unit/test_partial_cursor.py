@@ -11,11 +11,12 @@ from vllm_batch_dagster.core.partial import ResultCursor, read_cursor
 
 places = st.dictionaries(st.integers(1, 50), st.integers(0, 1 << 40), min_size=1, max_size=3)
 cursors = st.builds(
-    lambda done, opened: ResultCursor(
-        frozenset(done), {index: at for index, at in opened.items() if index not in done}
+    lambda done, opened, refused: ResultCursor(
+        frozenset(done), {index: at for index, at in opened.items() if index not in done}, refused
     ),
     st.sets(st.integers(0, 60)),
     st.dictionaries(st.integers(0, 60), places, max_size=5),
+    st.integers(0, 1 << 20),
 )
 
 
@@ -28,6 +29,7 @@ def test_a_cursor_is_short_and_fits_a_url() -> None:
     cursor = ResultCursor(frozenset(range(1000)), {1000: {1: 20480, 2: 64}})
     assert str(cursor) == "v1_0-999_1000.1:20480.2:64"
     assert str(ResultCursor()) == "v1"
+    assert str(ResultCursor(frozenset({0}), refused=7)) == "v1_r7_0-0"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,8 @@ def test_a_cursor_is_short_and_fits_a_url() -> None:
         "v1_1",
         "v1_1-",
         "v1_1.2",
+        "v1_r",
+        "v1_r1x",
         "v1_1.2:",
         "v1_-1-2",
         "v1_0-99999999",

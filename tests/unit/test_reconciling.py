@@ -7,8 +7,10 @@ from vllm_batch_dagster.core.models import Batch, Chunk, ChunkRange, ChunkSummar
 from vllm_batch_dagster.core.reconciling import (
     AttemptPlan,
     GraphState,
+    Launch,
     ShownResult,
     Step,
+    decide_delivery,
     decide_launches,
     pause_after,
     plan_attempt,
@@ -41,6 +43,20 @@ def test_a_chunk_that_is_shown_but_has_no_result_is_run() -> None:
     assert launched(BATCH, shown, chunks=[*PUBLISHED[:3], CHUNKS[3]]) == [(Step.INFER, (3, 3))]
 
 
+def test_paused_chunks_wait_and_nothing_else() -> None:
+    def asked(batch: Batch, graph: GraphState, paused: set[int], chunks: Sequence[Chunk]) -> list[Step]:
+        return [each.step for each in decide_launches(batch, chunks, graph, NOW, lambda chunk: chunk.index in paused)]
+
+    every = {0, 1, 2, 3}
+    assert asked(BATCH, NOTHING, every, CHUNKS) == []
+    launches = decide_launches(BATCH, CHUNKS, NOTHING, NOW, lambda chunk: chunk.index == 1)
+    assert [launch.chunks for launch in launches] == [(0, 0), (2, 3)]
+    assert asked(replace(BATCH, status=BatchStatus.VALIDATING), NOTHING, every, CHUNKS) == [Step.VALIDATE]
+    assert asked(BATCH, GraphState({0: 5, 1: 6, 2: 7, 3: 8}), every, PUBLISHED) == [Step.FINALIZE]
+    assert asked(replace(BATCH, status=BatchStatus.CANCELLING), NOTHING, every, CHUNKS) == [Step.FINALIZE]
+    assert asked(replace(BATCH, expires_at=0), NOTHING, every, CHUNKS) == [Step.FINALIZE]
+
+
 def test_nothing_while_a_run_is_active() -> None:
     for waiting in (False, True):
         assert launched(BATCH, GraphState({}, active=True, waiting=waiting)) == []
@@ -63,6 +79,14 @@ def test_a_finished_batch_is_merged_again_only_after_a_new_result() -> None:
 def test_cancel_and_deadline_go_straight_to_the_merge() -> None:
     assert launched(replace(BATCH, status=BatchStatus.CANCELLING), NOTHING) == [(Step.FINALIZE, None)]
     assert launched(BATCH, NOTHING, now=86_400) == [(Step.FINALIZE, None)]
+
+
+def test_a_delivery_waits_for_no_run_but_after_failures() -> None:
+    launch = decide_delivery("batch_1", GraphState({}, active=True, newest_run=7), NOW)
+    assert launch == Launch(Step.DELIVER, "batch_1", "deliver:batch_1:7")
+    failing = GraphState({}, failures=3, last_ended=NOW)
+    assert decide_delivery("batch_1", failing, NOW + 5) is None
+    assert decide_delivery("batch_1", failing, NOW + 11) is not None
 
 
 def test_keys_change_only_when_another_run_has_ended() -> None:

@@ -118,7 +118,7 @@ def test_a_superseded_attempt_may_give_back_but_not_report_or_publish(rig: Rig) 
     with pytest.raises(StaleAttempt):
         old.mirror_progress()
     with pytest.raises(StaleAttempt):
-        old.publish()
+        old.publish(reason="engine_failure")
     old.give_back("engine_failure")
     assert rig.store.chunks.get(batch_id, 0).engine_failures == 0
     assert rig.batch(batch_id).result_version == 0

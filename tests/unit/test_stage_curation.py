@@ -9,10 +9,11 @@ import pytest
 
 from tests.unit.conftest import Rig, answer_of, request_line, request_lines
 from vllm_batch_dagster.adapters.memory import EchoEngine
-from vllm_batch_dagster.core.curation import CuratedRow, CurationRules
+from vllm_batch_dagster.core.curation import CuratedRow
+from vllm_batch_dagster.core.curation_rules import CurationRules, DatasetFilters
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineRequest
 from vllm_batch_dagster.core.states import BatchEvent
-from vllm_batch_dagster.stages import curation
+from vllm_batch_dagster.stages import candidates
 from vllm_batch_dagster.stages.curation import CurationReport, curate_batch
 
 CHAT_BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "same question"}]}
@@ -55,7 +56,7 @@ async def test_rows_are_selected_by_the_rules_and_each_prompt_once(rig: Rig) -> 
     twice = request_line("first", body=CHAT_BODY) + request_line("second", body=CHAT_BODY)
     content = b"".join(request_line(name) for name in names) + twice
     batch_id = await finish(rig, content, EchoEngine(by_content))
-    report = curate(rig, batch_id, CurationRules(min_output_tokens=2))
+    report = curate(rig, batch_id, CurationRules(dataset=DatasetFilters(min_output_tokens=2)))
     assert report.refused == {
         "request_failed": 1,
         "no_text": 1,
@@ -93,7 +94,7 @@ async def test_a_prompt_whose_first_answer_was_refused_gets_another_chance(rig: 
 
 
 async def test_a_rerun_doubles_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curation, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(candidates, "ROWS_PER_PART", 2)
     batch_id = await finish(rig, 7, EchoEngine(by_content))
     first = curate(rig, batch_id)
     before = rows_of(first)
@@ -103,7 +104,7 @@ async def test_a_rerun_doubles_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch
     rest = first.path.with_name(first.path.name + ".new")
     rest.mkdir()
     (rest / "part-00009.parquet").write_bytes(b"half")
-    monkeypatch.setattr(curation, "ROWS_PER_PART", 5)
+    monkeypatch.setattr(candidates, "ROWS_PER_PART", 5)
     second = curate(rig, batch_id)
     assert [path.name for path in sorted(second.path.iterdir())] == ["part-00000.parquet", "part-00001.parquet"]
     assert rows_of(second) == before

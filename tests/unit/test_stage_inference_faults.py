@@ -3,7 +3,6 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -22,9 +21,9 @@ from tests.unit.conftest import (
     until,
 )
 from vllm_batch_dagster.adapters.memory import EchoEngine
-from vllm_batch_dagster.core.errors import EngineFailure, EngineStartFailed, EngineUnavailable, StaleAttempt
-from vllm_batch_dagster.core.models import ChunkSummary, Model, RequestCounts, StopReason, Usage
-from vllm_batch_dagster.core.ports import EngineAnswer, EngineLease, EngineRequest, Report
+from vllm_batch_dagster.core.errors import EngineFailure, EngineUnavailable, StaleAttempt
+from vllm_batch_dagster.core.models import ChunkSummary, RequestCounts, StopReason, Usage
+from vllm_batch_dagster.core.ports import EngineAnswer, EngineRequest
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
 from vllm_batch_dagster.stages.inference import ChunkDone
 
@@ -48,15 +47,13 @@ def script(line: int, *replies: Reply) -> Callable[[EngineRequest], Reply]:
 
 
 class DeadEngine(EchoEngine):
-    """Never starts."""
+    """Dies of whatever it is asked, each time that it is brought back."""
 
-    def lease(self, model: Model, report: Report) -> AbstractAsyncContextManager[EngineLease]:
-        return self._fail(model)
+    def __init__(self) -> None:
+        super().__init__(lambda _request: EngineUnavailable("reset"), on_recover=self._give_up)
 
-    @asynccontextmanager
-    async def _fail(self, model: Model):  # type: ignore[no-untyped-def]
-        raise EngineStartFailed(f"{model.name} does not fit on the card")
-        yield
+    def _give_up(self) -> None:
+        raise EngineFailure("the engine was brought back 3 times without one answer between")
 
 
 def dies_after(answered: int, engine_of: Callable[[], WatchedEngine]) -> Callable[[EngineRequest], Reply]:
@@ -77,8 +74,8 @@ def dies_after(answered: int, engine_of: Callable[[], WatchedEngine]) -> Callabl
     ("replies", "recoveries"),
     [
         ([OVERLOADED, LIMITED] * 5, 0),
-        ([CORE_DEAD, STOPPING] * 3, 6),
-        ([EngineUnavailable("reset")] * 5, 5),
+        ([CORE_DEAD, STOPPING, CORE_DEAD], 3),
+        ([EngineUnavailable("reset")] * 3, 3),
         ([BROKEN, BROKEN], 0),
         ([ABORTED, ABORTED], 0),
         ([OVERLOADED, BROKEN, CORE_DEAD, LIMITED, BROKEN], 1),
@@ -138,7 +135,7 @@ async def test_the_next_attempt_sends_only_what_no_journal_answers(rig: Rig) -> 
     batch_id = rig.start(10, chunk_size=10)
 
     def no_restart() -> None:
-        raise EngineStartFailed("out of memory")
+        raise EngineFailure("out of memory")
 
     engine = WatchedEngine(lambda request: faults(request), window=2, on_recover=no_restart)
     faults = dies_after(4, lambda: WatchedEngine())
@@ -157,10 +154,10 @@ async def test_the_next_attempt_sends_only_what_no_journal_answers(rig: Rig) -> 
     assert ids(rig.output(batch_id)) == id_range(10)
 
 
-async def test_an_engine_that_cannot_start_ends_in_the_error_file(rig: Rig) -> None:
+async def test_an_engine_that_dies_of_its_work_ends_in_the_error_file(rig: Rig) -> None:
     batch_id = rig.start(8, chunk_size=5)
     for failures in (1, 2):
-        with pytest.raises(EngineStartFailed, match="does not fit"):
+        with pytest.raises(EngineFailure, match="without one answer"):
             await rig.infer(batch_id, DeadEngine())
         assert [chunk.engine_failures for chunk in rig.store.chunks.list(batch_id)] == [failures] * 2
         assert not any(chunk.is_published for chunk in rig.store.chunks.list(batch_id))
@@ -196,7 +193,7 @@ async def test_answers_before_the_last_failure_are_kept(rig: Rig) -> None:
     batch_id = rig.start(6, chunk_size=3)
 
     def no_restart() -> None:
-        raise EngineStartFailed("gone for good")
+        raise EngineFailure("gone for good")
 
     engine = WatchedEngine(lambda request: faults(request), window=1, on_recover=no_restart)
     faults = dies_after(4, lambda: WatchedEngine())

@@ -8,8 +8,9 @@ import pytest
 
 from tests.unit.conftest import FAST, Reply, Rig, WatchedEngine, id_range, ids, line_of, until
 from vllm_batch_dagster.adapters.memory import EchoEngine
-from vllm_batch_dagster.core.errors import EngineStartFailed, EngineUnavailable, StorageFailure
+from vllm_batch_dagster.core.errors import EngineFailure, EngineUnavailable, StorageFailure
 from vllm_batch_dagster.core.models import Batch, Model, RequestCounts, StopReason
+from vllm_batch_dagster.core.pauses import Pause, PauseCause
 from vllm_batch_dagster.core.ports import EngineLease, EngineRequest, Report
 from vllm_batch_dagster.core.states import BatchEvent
 
@@ -32,7 +33,7 @@ class SlowEngine(EchoEngine):
 
 
 def fail_to_restart() -> None:
-    raise EngineStartFailed("gone")
+    raise EngineFailure("gone")
 
 
 async def test_a_cancel_is_heard_while_the_engine_starts(rig: Rig) -> None:
@@ -64,7 +65,7 @@ async def test_a_store_that_is_away_for_a_moment_costs_nothing(rig: Rig, monkeyp
     assert sorted(engine.asked) == [0, 1, 2, 3, 4]
 
 
-async def test_a_store_that_stays_away_ends_the_run(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_that_stays_away_pauses_the_run(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_id, engine = rig.start(5), WatchedEngine(holds=lambda _line: True)
     ask = rig.store.batches.get
 
@@ -74,8 +75,10 @@ async def test_a_store_that_stays_away_ends_the_run(rig: Rig, monkeypatch: pytes
         return ask(wanted)
 
     monkeypatch.setattr(rig.store.batches, "get", get)
-    with pytest.raises(StorageFailure, match="is gone"):
-        await rig.infer(batch_id, engine, policy=replace(FAST, lost_polls=3))
+    paused = await rig.infer(batch_id, engine, policy=replace(FAST, lost_polls=3))
+    assert isinstance(paused, Pause)
+    assert (paused.cause, paused.reason) == (PauseCause.STORAGE, "the database is gone")
+    assert not engine.in_flight
 
 
 async def test_a_failure_is_charged_only_to_the_chunks_at_work(rig: Rig) -> None:
@@ -85,7 +88,7 @@ async def test_a_failure_is_charged_only_to_the_chunks_at_work(rig: Rig) -> None
         return EngineUnavailable("reset") if line_of(request) >= 2 else None
 
     engine = WatchedEngine(faults, window=1, on_recover=fail_to_restart)
-    with pytest.raises(EngineStartFailed):
+    with pytest.raises(EngineFailure):
         await rig.infer(batch_id, engine, policy=replace(FAST, chunk_attempts=1))
     chunks = rig.store.chunks.list(batch_id)
     assert [chunk.is_published for chunk in chunks] == [True, False, False, False]
@@ -103,7 +106,7 @@ async def test_a_failed_rerun_leaves_the_good_result(rig: Rig) -> None:
         return EngineUnavailable("reset")
 
     engine = WatchedEngine(faults, on_recover=fail_to_restart)
-    with pytest.raises(EngineStartFailed):
+    with pytest.raises(EngineFailure):
         await rig.infer(batch_id, engine, only={0}, fresh={0}, policy=replace(FAST, chunk_attempts=1))
     assert not rig.batch(batch_id).is_stale
     assert rig.merge(batch_id).counts == RequestCounts(5, 5, 0)

@@ -16,12 +16,13 @@ from vllm_batch_dagster.adapters.memory import EchoEngine
 from vllm_batch_dagster.core.errors import (
     CorruptJournal,
     EngineFailure,
-    EngineStartFailed,
     EngineUnavailable,
     StorageFailure,
 )
+from vllm_batch_dagster.core.pauses import Pause, PauseCause
 from vllm_batch_dagster.core.ports import EngineRequest
 from vllm_batch_dagster.stages.journals import JournalWriter
+from vllm_batch_dagster.stages.pausing import lift
 
 
 class Disk:
@@ -62,6 +63,14 @@ def open_journals(folder: Path) -> list[str]:
     return [path for path in paths if path.startswith(str(folder)) and path.endswith(".jsonl")]
 
 
+def refused(rig: Rig, ending: object, words: str) -> None:
+    """The run was paused because the disk refused a write; an operator then tries again at once."""
+    assert isinstance(ending, Pause)
+    assert ending.cause is PauseCause.STORAGE
+    assert words in ending.reason
+    assert list(lift(rig.store.pauses, None)) == [ending]
+
+
 async def finish(rig: Rig, batch_id: str) -> list[int]:
     """Run what is left on a good engine, merge, and return the lines that were sent for it."""
     engine = WatchedEngine()
@@ -76,8 +85,8 @@ async def finish(rig: Rig, batch_id: str) -> list[int]:
 async def test_a_full_disk_surfaces_and_nothing_counts_that_is_not_on_it(rig: Rig, disk: Disk, room: int) -> None:
     batch_id = rig.start(20, chunk_size=10)
     disk.room = room
-    with pytest.raises(StorageFailure, match="No space left"):
-        await rig.infer(batch_id, EchoEngine(window=4, latency=0.001), policy=replace(FAST, commit_records=2))
+    engine = EchoEngine(window=4, latency=0.001)
+    refused(rig, await rig.infer(batch_id, engine, policy=replace(FAST, commit_records=2)), "No space left")
     disk.room = None
     kept = journalled(rig, batch_id)
     assert len(kept) < 20
@@ -116,8 +125,7 @@ async def test_a_failed_fsync_is_a_storage_failure(rig: Rig, monkeypatch: pytest
     batch_id = rig.start(5)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", refuse)
-        with pytest.raises(StorageFailure, match="Input/output error"):
-            await rig.infer(batch_id, EchoEngine())
+        refused(rig, await rig.infer(batch_id, EchoEngine()), "Input/output error")
     assert rig.batch(batch_id).counts.completed == 0
     assert not rig.store.chunks.get(batch_id, 0).is_published
     await finish(rig, batch_id)
@@ -140,7 +148,7 @@ async def test_a_torn_tail_is_sent_again(rig: Rig, cut: int) -> None:
     batch_id = rig.start(6, chunk_size=6)
 
     def no_restart() -> None:
-        raise EngineStartFailed("gone")
+        raise EngineFailure("gone")
 
     def dies_at_the_fifth(request: EngineRequest) -> EngineUnavailable | None:
         return EngineUnavailable("reset") if line_of(request) == 4 else None
@@ -168,7 +176,7 @@ async def test_a_commit_under_way_is_waited_for_when_the_run_ends(rig: Rig, disk
     batch_id = rig.start(5)
 
     def no_restart() -> None:
-        raise EngineStartFailed("gone")
+        raise EngineFailure("gone")
 
     def die_behind_the_first(request: EngineRequest) -> EngineUnavailable | None:
         return EngineUnavailable("reset") if line_of(request) else None
@@ -180,7 +188,7 @@ async def test_a_commit_under_way_is_waited_for_when_the_run_ends(rig: Rig, disk
     engine.release()
     opener = threading.Timer(0.2, disk.gate.set)
     opener.start()
-    with pytest.raises(EngineStartFailed):
+    with pytest.raises(EngineFailure):
         await run
     opener.join()
     assert journalled(rig, batch_id) == [0]
@@ -193,8 +201,7 @@ async def test_all_journals_are_closed_even_when_one_cannot_be_written(rig: Rig,
     slow = replace(FAST, commit_seconds=3600, commit_records=100, poll_seconds=3600)
     disk.room = 0
     run = asyncio.create_task(rig.infer(batch_id, engine, policy=slow))
-    with pytest.raises(StorageFailure):
-        await run
+    refused(rig, await run, "No space left")
     assert open_journals(rig.folder) == []
 
 

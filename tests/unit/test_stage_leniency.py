@@ -2,15 +2,18 @@
 
 from itertools import groupby
 
+import msgspec
 import pytest
 
 from tests.unit.conftest import CHAT, DAY, Rig, WatchedEngine, ids, line_of, request_line, request_lines
 from vllm_batch_dagster.adapters.memory import EchoEngine, MemoryCatalog
+from vllm_batch_dagster.core.errors import InvalidInput
 from vllm_batch_dagster.core.models import Model, RequestCounts
 from vllm_batch_dagster.core.modes import ValidationMode
 from vllm_batch_dagster.core.ports import EngineManager
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
-from vllm_batch_dagster.stages import inspection
+from vllm_batch_dagster.stages import inspection, partial
+from vllm_batch_dagster.stages.partial import PartialResults
 
 S = BatchStatus
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -244,3 +247,55 @@ async def test_validating_again_keeps_an_index_that_would_be_another(rig: Rig, c
         rig.default_mode = ValidationMode.STRICT
     rig.validate(batch_id)
     assert rig.workspace.index_path(batch_id).read_bytes() == index
+
+
+async def test_refused_lines_are_among_the_partial_results_from_the_start(rig: Rig) -> None:
+    batch_id = start(rig, b"no json\n", request_line("a"), request_line("b", url="/v1/images"), request_line("c"))
+    ports = (rig.store, rig.files, rig.workspace)
+
+    def results(after: str = "", *, with_errors: bool = True) -> tuple[list[str], str]:
+        reader = PartialResults(rig.batch(batch_id), *ports, after=after, with_errors=with_errors)
+        cursor = str(reader.freeze())
+        blocks = iter(reader.next_block, b"")
+        return [msgspec.json.decode(line)["custom_id"] for block in blocks for line in block.splitlines()], cursor
+
+    assert results(with_errors=False) == ([], "v1")
+    assert results() == (["invalid-line-1", "b"], "v1_r2")
+    assert results("v1_r1") == (["b"], "v1_r2")
+    with pytest.raises(InvalidInput, match="is no cursor of these results"):
+        results("v1_r3")
+    await finish(rig, batch_id)
+    given, end = results("v1_r2")
+    assert (given, end) == (["a", "c"], "v1_r2_0-0")
+    assert results(end) == ([], end)
+    assert sorted(ids(rig.errors(batch_id))) == ["b", "invalid-line-1"]
+
+
+def test_a_reader_of_refused_lines_knows_where_it_stands_between_them(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial, "BLOCK_BYTES", 1)
+    batch_id = start(rig, b"1\n", b"2\n", request_line("a"))
+    reader = PartialResults(rig.batch(batch_id), rig.store, rig.files, rig.workspace, with_errors=True)
+    reader.refresh()
+    stands = [str(reader.cursor) for _ in iter(reader.next_block, b"")]
+    assert stands == ["v1_r1", "v1_r2"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "names"),
+    [
+        ([b"1\n", request_line("invalid-line-1")], ["invalid-line-1-"]),
+        ([request_line("invalid-line-2"), b"2\n"], ["invalid-line-2-"]),
+        ([b"1\n", request_line("invalid-line-1"), request_line("invalid-line-9--")], ["invalid-line-1---"]),
+        ([b"1\n", request_line("invalid-line-1", url="/v1/images")], ["invalid-line-1-", "invalid-line-1"]),
+        ([b"1\n", request_line("invalid-line-x"), request_line("invalid-line-")], ["invalid-line-1"]),
+        ([request_line("invalid-line-2"), request_line("invalid-line-2")], ["invalid-line-2-"]),
+    ],
+)
+async def test_our_names_are_never_those_of_the_user(rig: Rig, lines: list[bytes], names: list[str]) -> None:
+    batch_id = start(rig, *lines, request_line("z"))
+    await finish(rig, batch_id)
+    assert ids(rig.errors(batch_id)) == names
+    everything = ids(rig.errors(batch_id)) + ids(rig.output(batch_id))
+    assert len(everything) == len(set(everything)) == len(lines) + 1

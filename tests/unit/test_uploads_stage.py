@@ -130,8 +130,8 @@ def test_a_reply_of_the_store_that_is_lost_loses_nothing(desk: Desk, monkeypatch
     upload, wanted = desk.fill()
     complete = desk.store.uploads.complete
 
-    def lose_the_reply(*args: object) -> Upload:
-        complete(*args)  # type: ignore[arg-type]
+    def lose_the_reply(*args: object, **claim: object) -> Upload:
+        complete(*args, **claim)  # type: ignore[arg-type]
         raise StorageFailure("the connection was closed")
 
     with monkeypatch.context() as patch:

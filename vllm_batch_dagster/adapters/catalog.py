@@ -1,7 +1,8 @@
 """The models that requests may name: models.yaml and MODEL, or what the servers behind ENGINE_URL serve.
 
-In: a catalogue file, read once. Out: `Model` values for validation (is this name known?), for the engine manager (what
-to start) and for GET /v1/models. Servers of somebody else are asked when a name is looked up, not before.
+In: a catalogue file, read again when it changes. Out: `Model` values for validation (is this name known?), for the
+engine manager (what to start) and for GET /v1/models. Servers of somebody else are asked when a name is looked up, not
+before.
 """
 
 import os
@@ -9,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
@@ -18,12 +20,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 import yaml
 
+from vllm_batch_dagster.adapters.followed_catalog import FollowedCatalog
 from vllm_batch_dagster.core.errors import ConfigurationError, EngineUnavailable
 from vllm_batch_dagster.core.models import Model
 from vllm_batch_dagster.core.ports import ModelCatalog
 
 ASK_SECONDS = 5.0
-REMEMBER_SECONDS = 30.0
+REMEMBER_SECONDS = 10.0
 _MOST_BYTES = 4 << 20
 _MEND = "an entry has `name` and `path`, and may have `aliases`, `task` (generate or embed) and `args`"
 
@@ -61,32 +64,23 @@ def load_catalog(path: Path, extra: str = "", engine_url: str = "", api_key: str
     With `engine_url` (comma-separated base URLs; `api_key` is their bearer key) the servers say what there is, and
     the file only adds what it knows of those models. Raises ConfigurationError with the mend.
     """
-    models = read_models(path, required=not extra and not engine_url)
-    if extra:
-        models = _add_extra(models, extra)
+
+    def read() -> tuple[Model, ...]:
+        models = read_models(path, required=not extra and not engine_url)
+        return _add_extra(models, extra) if extra else models
+
+    models = read()
     if not engine_url:
-        return FileCatalog(models)
+        return FollowedCatalog(path, models, read)
     # Imported here: it brings the HTTP client along, which nobody needs who runs the engine himself.
     from vllm_batch_dagster.adapters.engine.remote import split_urls
 
     return ServedCatalog(split_urls(engine_url), models, api_key=api_key)
 
 
-class FileCatalog:
-    """Models in the order of the file; see ModelCatalog."""
-
-    def __init__(self, models: Sequence[Model]) -> None:
-        self._models = tuple(models)
-
-    def find(self, name: str) -> Model | None:
-        return find_model(self._models, name)
-
-    def all(self) -> Sequence[Model]:
-        return self._models
-
-
 class ServedCatalog:
-    """What the first server that answers serves now; see ModelCatalog. An answer holds for 30 s.
+    """What the servers serve now, together; see ModelCatalog. An answer holds for 10 s, and a server that does not
+    answer adds nothing: lines go only to servers that have their model (adapters/engine/pool.py).
 
     A model is known under the names that the server itself takes, because requests reach it unchanged. `listed`
     models lend it their order, task and arguments. `clock` in seconds, of any origin.
@@ -113,18 +107,27 @@ class ServedCatalog:
         """Raises EngineUnavailable when no server answers."""
         with self._lock:
             if self._clock() >= self._known_until:
-                self._known = _join(self._ask_first(), self._listed)
+                self._known = _join(self._ask_all(), self._listed)
                 self._known_until = self._clock() + REMEMBER_SECONDS
             return self._known
 
-    def _ask_first(self) -> Mapping[str, str]:
-        refusals = []
-        for url in self._urls:
-            try:
-                return ask_served(url, self._api_key)
-            except EngineUnavailable as error:
-                refusals.append(str(error))
-        raise EngineUnavailable("; ".join(refusals))
+    def _ask_all(self) -> Mapping[str, str]:
+        """Ask all at once, so that one that hangs takes no longer than itself. The earlier server names a model."""
+        with ThreadPoolExecutor(len(self._urls), "catalogue") as pool:
+            answers = list(pool.map(self._ask, self._urls))
+        served = [answer for answer in answers if not isinstance(answer, EngineUnavailable)]
+        if not served:
+            raise EngineUnavailable("; ".join(map(str, answers)))
+        joined: dict[str, str] = {}
+        for answer in served:
+            joined = {**joined, **{name: root for name, root in answer.items() if name not in joined}}
+        return joined
+
+    def _ask(self, url: str) -> Mapping[str, str] | EngineUnavailable:
+        try:
+            return ask_served(url, self._api_key)
+        except EngineUnavailable as error:
+            return error
 
 
 def find_model(models: Sequence[Model], name: str) -> Model | None:
@@ -227,7 +230,12 @@ def _add_extra(models: tuple[Model, ...], extra: str) -> tuple[Model, ...]:
 
 def fetch_models(url: str, api_key: str, seconds: float = ASK_SECONDS) -> bytes:
     """Return what the server at `url` answers to GET /v1/models, within `seconds`. Raises what urllib raises."""
-    request = urllib.request.Request(f"{url}/v1/models")
+    return fetch_json(f"{url}/v1/models", api_key, seconds)
+
+
+def fetch_json(url: str, api_key: str, seconds: float) -> bytes:
+    """Return what `url` answers, within `seconds`. Raises what urllib raises."""
+    request = urllib.request.Request(url)
     if api_key:
         request.add_header("Authorization", f"Bearer {api_key}")
     # Like our engine client, past any proxy of the environment: engines are neighbours.

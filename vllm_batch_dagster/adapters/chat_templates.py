@@ -37,7 +37,7 @@ class ChatTemplate:
 def load_template(folder: Path) -> ChatTemplate | None:
     """Return the template of the model in `folder`, None when it has none that can be compiled."""
     config = read_json(folder / _CONFIG_FILE)
-    source = _find_source(folder, config)
+    source = find_template(folder)
     if source is None:
         return None
     try:
@@ -56,12 +56,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _find_source(folder: Path, config: dict[str, Any]) -> str | None:
+def find_template(folder: Path) -> str | None:
+    """Return the text of the model's own template, None when it has none."""
     try:
         return (folder / _TEMPLATE_FILE).read_text("utf-8")
     except (OSError, UnicodeDecodeError):
         pass
-    written = config.get("chat_template")
+    written = read_json(folder / _CONFIG_FILE).get("chat_template")
     if isinstance(written, list):  # several, by name
         named = {item.get("name"): item.get("template") for item in written if isinstance(item, dict)}
         written = named.get("default")

@@ -6,6 +6,7 @@ files/.parts/<upload id>.<part id>                     a part of an upload; no f
 batches/<batch>/index.bin                              byte index of the input
 batches/<batch>/journal/<chunk>/<epoch>.jsonl          answers of one attempt
 batches/<batch>/results/<chunk>.<epoch>.idx            the published result of an attempt
+batches/<batch>/suspects.json                          what is held against lines, while a run is at work
 datasets/<name>/batch=<batch>/                         a data set, one folder per batch
 """
 
@@ -13,6 +14,7 @@ import hashlib
 import os
 import re
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +23,8 @@ from vllm_batch_dagster.core.ports import StoredFile
 from vllm_batch_dagster.stages.publication import Draft, make_folder, unwritable
 
 PUSH_BYTES = 8 << 20
+HASHERS = 4
+_HASHED_APART = 256 << 10  # for less, handing over takes longer than hashing
 _ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 
@@ -29,14 +33,15 @@ class LocalFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._hashers = ThreadPoolExecutor(HASHERS, "hash")  # starts no thread before it is used
 
     @property
     def parts(self) -> "LocalParts":
-        return LocalParts(self._folder)
+        return LocalParts(self._folder, self._hashers)
 
     def create(self, file_id: str) -> StoredFile:
         """Raises InvalidInput for an id that is no file name, StorageFailure when the disk refuses."""
-        return _begin_file(self._folder / check_id(file_id), self._folder)
+        return _begin_file(self._folder / check_id(file_id), self._folder, self._hashers)
 
     def open(self, file_id: str) -> BinaryIO:
         """Raises NotFound, and StorageFailure when the file is there but cannot be read."""
@@ -60,13 +65,13 @@ class LocalFiles:
 class LocalParts:
     """The parts of uploads, in a folder below the files. It stays when they go, so that none arrives nowhere."""
 
-    def __init__(self, folder: Path) -> None:
-        self._files, self._folder = folder, folder / ".parts"
+    def __init__(self, folder: Path, hashers: ThreadPoolExecutor) -> None:
+        self._files, self._folder, self._hashers = folder, folder / ".parts", hashers
 
     def create(self, upload_id: str, part_id: str) -> StoredFile:
         """Raises InvalidInput for an id that is no file name, StorageFailure when the disk refuses."""
         name = f"{check_id(upload_id)}.{check_id(part_id)}"
-        return _begin_file(make_folder(self._folder) / name, self._files)
+        return _begin_file(make_folder(self._folder) / name, self._files, self._hashers)
 
     def open(self, upload_id: str, part_id: str) -> BinaryIO:
         """Raises NotFound, and StorageFailure when the part is there but cannot be read."""
@@ -81,9 +86,9 @@ class LocalParts:
                 _remove_file(path)
 
 
-def _begin_file(target: Path, files: Path) -> "_ArrivingFile":
+def _begin_file(target: Path, files: Path, hashers: ThreadPoolExecutor) -> "_ArrivingFile":
     drafts = make_folder(files / ".tmp")
-    return _ArrivingFile(target, drafts / f"{target.name}.{secrets.token_hex(8)}")
+    return _ArrivingFile(target, drafts / f"{target.name}.{secrets.token_hex(8)}", hashers)
 
 
 def _open_file(path: Path, missing: NotFound) -> BinaryIO:
@@ -103,23 +108,26 @@ def _remove_file(path: Path) -> None:
 
 
 class _ArrivingFile:
-    """Contents on their way to the disk, hashed as they pass."""
+    """Contents on their way to the disk. A large block is hashed and written at the same time."""
 
-    def __init__(self, target: Path, temporary: Path) -> None:
-        self._target = target
+    def __init__(self, target: Path, temporary: Path, hashers: ThreadPoolExecutor) -> None:
+        self._target, self._hashers = target, hashers
         self._draft = Draft(target, temporary)
         self._hash = hashlib.sha256()
         self._size = 0
         self._pushed = 0
 
-    def write(self, data: bytes) -> None:
-        """Raises StorageFailure; the file can then only be discarded."""
-        try:
-            self._draft.file.write(data)
-        except OSError as error:
-            self._draft.discard()
-            raise unwritable(self._target, error) from error
-        self._hash.update(data)
+    def write(self, data: bytes | bytearray) -> None:
+        """Raises StorageFailure; the file can then only be discarded. `data` is the caller's again afterwards."""
+        if len(data) < _HASHED_APART:
+            self._write(data)
+            self._hash.update(data)
+        else:
+            hashing = self._hashers.submit(self._hash.update, data)
+            try:
+                self._write(data)
+            finally:
+                hashing.result()
         self._size += len(data)
         if self._size - self._pushed >= PUSH_BYTES:
             self._push()
@@ -131,6 +139,13 @@ class _ArrivingFile:
 
     def discard(self) -> None:
         self._draft.discard()
+
+    def _write(self, data: bytes | bytearray) -> None:
+        try:
+            self._draft.file.write(data)
+        except OSError as error:
+            self._draft.discard()
+            raise unwritable(self._target, error) from error
 
     def _push(self) -> None:
         """Let the disk begin with what came by now, so that `commit` has little left to wait for."""
@@ -159,6 +174,9 @@ class LocalWorkspace:
     def result_path(self, batch_id: str, chunk: int, epoch: int) -> Path:
         folder = self._batches / check_id(batch_id) / "results"
         return make_folder(folder) / f"{chunk:04d}.{epoch:06d}.idx"
+
+    def suspects_path(self, batch_id: str) -> Path:
+        return make_folder(self._batches / check_id(batch_id)) / "suspects.json"
 
     def dataset_path(self, name: str, batch_id: str) -> Path:
         return make_folder(self._datasets / check_id(name)) / f"batch={check_id(batch_id)}"

@@ -67,8 +67,14 @@ def describe_settings(settings: Settings) -> list[Setting]:
             source="environment" if name in environment else ".env" if name in file else "default",
             description=field.description or "",
         )
-        for name, field in Settings.model_fields.items()
+        for name, field in ordered_fields()
     ]
+
+
+def ordered_fields() -> list[tuple[str, FieldInfo]]:
+    """Return the fields of the settings: those of the class itself, then those of its parts."""
+    own = Settings.__annotations__
+    return sorted(Settings.model_fields.items(), key=lambda item: item[0] not in own)
 
 
 def _show(value: Any) -> str:
@@ -79,7 +85,7 @@ def _show(value: Any) -> str:
 
 def render_markdown() -> str:
     """Return docs/configuration.md."""
-    return HEADER + "".join(_row(name, field) for name, field in Settings.model_fields.items())
+    return HEADER + "".join(_row(name, field) for name, field in ordered_fields())
 
 
 def _row(name: str, field: FieldInfo) -> str:

@@ -8,15 +8,20 @@ from pydantic import ValidationError
 from vllm_batch_dagster.cli.batches import cancel, download, submit, watch
 from vllm_batch_dagster.cli.config import config
 from vllm_batch_dagster.cli.console import fail
+from vllm_batch_dagster.cli.deliveries import app as deliveries
 from vllm_batch_dagster.cli.doctor import doctor
 from vllm_batch_dagster.cli.down import down
 from vllm_batch_dagster.cli.gc import gc
 from vllm_batch_dagster.cli.init import init
 from vllm_batch_dagster.cli.keys import app as keys
+from vllm_batch_dagster.cli.pausing import pause, resume
 from vllm_batch_dagster.cli.retry import retry
+from vllm_batch_dagster.cli.reviews import app as reviews
 from vllm_batch_dagster.cli.status import status
 from vllm_batch_dagster.cli.up import up
 from vllm_batch_dagster.cli.validate import validate
+from vllm_batch_dagster.cli.verify import verify
+from vllm_batch_dagster.cli.webhooks import app as webhooks
 from vllm_batch_dagster.core.errors import BatchError
 
 app = typer.Typer(
@@ -25,9 +30,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (up, down, status, doctor, config, init, validate, submit, watch, download, cancel, retry, gc):
+OPERATION = (up, down, status, doctor, config, init, pause, resume, gc)
+BATCHES = (validate, verify, submit, watch, download, cancel, retry)
+for command in (*OPERATION, *BATCHES):
     app.command()(command)
 app.add_typer(keys, name="keys")
+app.add_typer(deliveries, name="deliveries")
+app.add_typer(webhooks, name="webhooks")
+app.add_typer(reviews, name="reviews")
 
 
 def run() -> None:

@@ -10,15 +10,16 @@ import psutil
 import typer
 from rich.table import Table
 
-from vllm_batch_dagster.adapters.engine import EngineStatus, engine_status
+from vllm_batch_dagster.adapters.engine import AS_CONFIGURED, EngineStatus, engine_status
 from vllm_batch_dagster.cli.addresses import listening_addresses
 from vllm_batch_dagster.cli.console import fail, out, print_json
 from vllm_batch_dagster.cli.readiness import HEARTBEAT_SECONDS
 from vllm_batch_dagster.cli.services import Service, stack_services
 from vllm_batch_dagster.cli.state_folder import ServiceRecord, StackRecord, has_store, read_record
-from vllm_batch_dagster.composition import build_store
+from vllm_batch_dagster.composition import build_pauses, build_store
 from vllm_batch_dagster.core.errors import BatchError
 from vllm_batch_dagster.core.models import Batch
+from vllm_batch_dagster.core.pauses import Pause
 from vllm_batch_dagster.settings import Settings, load_settings
 
 NOT_WELL = 3  # as `systemctl status` says it
@@ -47,6 +48,7 @@ class Overview:
     engine: EngineStatus | None
     batches: Sequence[Batch] = ()
     complaint: str = ""
+    pauses: Sequence[Pause] = ()
 
     @property
     def is_well(self) -> bool:
@@ -74,7 +76,7 @@ def look(settings: Settings) -> Overview:
         engine=engine_status(settings.engine_folder),
     )
     try:
-        return replace(overview, batches=open_batches(settings))
+        return replace(overview, batches=open_batches(settings), pauses=standing_pauses(settings))
     except BatchError as error:
         return replace(overview, complaint=str(error))
 
@@ -122,6 +124,13 @@ def open_batches(settings: Settings) -> list[Batch]:
     return [batch for batch in build_store(settings).batches.open() if not batch.is_terminal]
 
 
+def standing_pauses(settings: Settings) -> Sequence[Pause]:
+    """Return the pauses that hold now; none before the first `up`. Raises StorageFailure."""
+    if not has_store(settings):
+        return ()
+    return build_pauses(settings, build_store(settings), time.time).standing()
+
+
 def as_data(overview: Overview) -> dict[str, Any]:
     """Return what `--json` prints."""
     record, engine = overview.record, overview.engine
@@ -134,6 +143,7 @@ def as_data(overview: Overview) -> dict[str, Any]:
         "processes": [asdict(process) for process in overview.processes],
         "engine": _engine_data(engine) if engine else None,
         "batches": [_batch_data(batch) for batch in overview.batches],
+        "pauses": [asdict(pause) for pause in overview.pauses],
     }
 
 
@@ -146,6 +156,9 @@ def _engine_data(engine: EngineStatus) -> dict[str, Any]:
         "in_use": engine.in_use,
         "uptime_seconds": int(time.time() - engine.started_at),
         "log": str(engine.log),
+        "memory": engine.rung,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_model_len": engine.max_model_len or None,
     }
 
 
@@ -169,6 +182,8 @@ def show(overview: Overview) -> None:
         out.print(_process_table(overview.processes, overview.engine))
     if overview.batches:
         out.print(_batch_table(overview.batches))
+    for pause in overview.pauses:
+        out.print(f"{pause.scope} {pause.describe()}", markup=False)
     if overview.complaint:
         fail(overview.complaint)
 
@@ -186,6 +201,8 @@ def _process_table(processes: Sequence[ProcessStatus], engine: EngineStatus | No
         )
     if engine:
         table.add_row(*_engine_row(engine))
+        if engine.rung != AS_CONFIGURED:
+            table.add_row("", "", "", f"memory is short: {engine.rung}", "", "")
     else:
         table.add_row("engine", "", "", "not running", "", "")
     return table

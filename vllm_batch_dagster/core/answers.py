@@ -106,6 +106,12 @@ def _error_type(raw: bytes) -> str:
     return error.type or str(error.code or "error")
 
 
+def describe_error(status: int, facts: AnswerFacts, body: bytes) -> str:
+    """Return the kind of an error in a few words, for a table: `400 BadRequestError`, or the code of a line that got
+    no response."""
+    return f"{status} {facts.error}".strip() if status else _error_type(body)
+
+
 def as_json_object(body: bytes, status: int) -> bytes:
     """Return `body` unchanged when it is a JSON object on one line and, for an error, in OpenAI's shape.
 

@@ -16,6 +16,7 @@ from vllm_batch_dagster.core.models import (
     UPLOAD_PURPOSES,
     Batch,
 )
+from vllm_batch_dagster.core.repair import check_plan
 from vllm_batch_dagster.core.states import BatchStatus
 from vllm_batch_dagster.core.windows import WindowRule, describe_windows, window_seconds
 
@@ -86,7 +87,7 @@ def read_batch_params(params: Mapping[str, object], windows: WindowRule = Window
         endpoint=endpoint,
         completion_window=completion_window,
         window=read_window(completion_window, windows),
-        metadata=read_metadata(params.get("metadata")),
+        metadata=check_plan(read_metadata(params.get("metadata"))),
         output_expires_after=read_expiry(params.get("output_expires_after"), "output_expires_after"),
     )
 

@@ -1,7 +1,7 @@
-"""Turns an answered request into a row of a training set, and decides by rules which rows are kept.
+"""Turns an answered request into a row of a training set.
 
-Called by the curation stage for every answered line. Prompts and answers come out as plain text beside the full
-messages, so that a person can read the set and a trainer can use it.
+Called for every answered line (core/candidates.py); core/selection.py decides which rows are kept. Prompts and answers
+come out as plain text beside the full messages, so that a person can read the set and a trainer can use it.
 """
 
 import hashlib
@@ -12,8 +12,6 @@ from typing import Any
 import msgspec
 
 from vllm_batch_dagster.core.answers import read_answer
-
-_FINISHED = frozenset({"stop", "tool_calls", "function_call", "completed"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +29,6 @@ class CuratedRow:
     input_tokens: int
     output_tokens: int
     prompt_hash: str
-
-
-@dataclass(frozen=True, slots=True)
-class CurationRules:
-    """Which rows are kept: finished answers with text, of at least `min_output_tokens`, each prompt once."""
-
-    min_output_tokens: int = 1
 
 
 def make_row(batch_id: str, line: int, custom_id: str, request: bytes, answer: bytes) -> CuratedRow:
@@ -63,17 +54,6 @@ def make_row(batch_id: str, line: int, custom_id: str, request: bytes, answer: b
         output_tokens=facts.usage.output_tokens,
         prompt_hash=hashlib.blake2b(encoded, digest_size=16).hexdigest(),
     )
-
-
-def refuse_row(row: CuratedRow, rules: CurationRules) -> str | None:
-    """Return the name of the rule that a row breaks, or None when it is kept."""
-    if not row.answer.strip():
-        return "no_text"
-    if row.finish_reason not in _FINISHED:
-        return "not_finished"
-    if row.output_tokens < rules.min_output_tokens:
-        return "too_short"
-    return None
 
 
 def read_prompt(asked: Mapping[str, Any]) -> str:

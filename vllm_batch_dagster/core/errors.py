@@ -10,9 +10,13 @@ BatchError
 │   ├── CorruptJournal      the record of a published answer fails its checksum
 │   └── UnprovenMerge       the merged files do not hold every line of the input exactly once
 ├── ConfigurationError      a setting, a model entry or the installation is wrong
+├── DeliveryFailed          a result handler did not take the results: it is asked again later
+│   └── Undeliverable       and asking again is useless
+├── ReviewFailed            Label Studio did not take or give what it was asked for
 └── EngineFailure           the engine cannot answer
     ├── EngineUnavailable   connection refused, reset, shutting down: answers in flight are void, try again
-    └── EngineStartFailed   the server never became ready: carries the last lines of its log
+    ├── EngineUnreachable   no server of ENGINE_URL can be used: the batch pauses
+    └── EngineStartFailed   the server never became ready: quotes its log, says whether trying again can help
 """
 
 
@@ -77,13 +81,52 @@ class ConfigurationError(BatchError):
     """A setting, a model entry or the installation is wrong. The message says the mend."""
 
 
+class DeliveryFailed(BatchError):
+    """A result handler did not take the results of a batch; it is given them again later."""
+
+
+class Undeliverable(DeliveryFailed):
+    """It never will: the delivery is dead at once. A handler raises it for what no retry can mend."""
+
+
+class ReviewFailed(BatchError):
+    """Label Studio refused a call or did not answer it. `status` is its HTTP status, None without an answer: then the
+    call may have been carried out. `may_pass` is False when only a change of a setting or of the project helps."""
+
+    def __init__(self, message: str, *, status: int | None = None, may_pass: bool = True) -> None:
+        super().__init__(message)
+        self.status = status
+        self.may_pass = may_pass
+
+
 class EngineFailure(BatchError):
-    """The engine cannot answer."""
+    """The engine cannot answer. `may_pass` is False when the same call cannot succeed before somebody has changed a
+    setting, the model or the machine: trying again only burns attempts."""
+
+    may_pass = True
 
 
 class EngineUnavailable(EngineFailure):
-    """No answer came: connection refused or reset, engine shutting down. Safe to send again."""
+    """No answer came: connection refused or reset, engine shutting down. Safe to send again. `was_sent` is False when
+    the request cannot have reached the engine, and so cannot be what it died of."""
+
+    def __init__(self, message: str, *, was_sent: bool = True) -> None:
+        super().__init__(message)
+        self.was_sent = was_sent
+
+
+class EngineUnreachable(EngineFailure):
+    """No server of somebody else serves the model, or none answered in time."""
 
 
 class EngineStartFailed(EngineFailure):
-    """The engine's process ended or did not become ready in time. The message ends with its log's last lines."""
+    """The engine's process ended or did not become ready in time, at every rung of the memory ladder that was tried.
+
+    The message quotes the engine's log and names what to change. `cause` is the value of a `start_faults.Cause`
+    ("weights", "model_gated", "unknown", ...): a stable word for metadata and for the reason of a pause.
+    """
+
+    def __init__(self, message: str, *, cause: str = "unknown", may_pass: bool = True) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.may_pass = may_pass

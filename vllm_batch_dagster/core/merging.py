@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from vllm_batch_dagster.core.journal import JournalRecord
+from vllm_batch_dagster.core.journal import NO_RESPONSE, JournalRecord
 from vllm_batch_dagster.core.lines import hash_custom_id
 from vllm_batch_dagster.core.models import StopReason
 from vllm_batch_dagster.core.rejections import Rejection
@@ -36,7 +36,12 @@ def request_line_id(batch_id: str, line: int | str) -> str:
 
 
 def render_answer(batch_id: str, record: JournalRecord) -> bytes:
-    """Return the line for a request that the engine answered, with any status, newline included."""
+    """Return the line for a request that the engine answered, with any status, newline included; or for one that is
+    known not to get an answer."""
+    if record.status == NO_RESPONSE:
+        line_id = request_line_id(batch_id, record.line).encode()
+        custom_id = msgspec.json.encode(record.custom_id)
+        return b'{"id":"%b","custom_id":%b,"response":null,"error":%b}\n' % (line_id, custom_id, bytes(record.body))
     return b'{"id":"%b","custom_id":%b,"response":{"status_code":%d,"request_id":%b,"body":%b},"error":null}\n' % (
         request_line_id(batch_id, record.line).encode(),
         msgspec.json.encode(record.custom_id),

@@ -80,6 +80,25 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class RepairCounts:
+    """What repair rounds did: lines that got a good answer by them, lines whose accepted answer is still flawed, answers
+    that were asked again, and the tokens of the repeats (part of the usage)."""
+
+    repaired: int = 0
+    unrepaired: int = 0
+    repeats: int = 0
+    repeat_tokens: int = 0
+
+    def __add__(self, other: "RepairCounts") -> "RepairCounts":
+        return RepairCounts(
+            self.repaired + other.repaired,
+            self.unrepaired + other.unrepaired,
+            self.repeats + other.repeats,
+            self.repeat_tokens + other.repeat_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class LineError:
     """One entry of a failed batch's `errors.data` (contract D.4). `line` is 1-based; None = the whole file."""
 
@@ -120,6 +139,7 @@ class Batch:
     result_version: int = 0
     merged_version: int = 0
     rejected: int = 0
+    repairs: RepairCounts | None = None  # of a merged batch that asks for repair rounds
     project_id: str = DEFAULT_PROJECT
     purged_at: int | None = None  # when its chunks, journals and Dagster runs went
 
@@ -185,6 +205,7 @@ class ChunkSummary:
     input_lengths: tuple[tuple[int, int], ...] = ()
     output_lengths: tuple[tuple[int, int], ...] = ()
     digest: str = ""
+    repairs: RepairCounts = field(default_factory=RepairCounts)
 
     @property
     def inference_seconds(self) -> float:

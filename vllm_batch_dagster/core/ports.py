@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from vllm_batch_dagster.core.claims import Claim, ClaimKey
+from vllm_batch_dagster.core.delivery_ports import DeliveryRecords
 from vllm_batch_dagster.core.keys import Key
 from vllm_batch_dagster.core.models import (
     Attempt,
@@ -22,9 +23,11 @@ from vllm_batch_dagster.core.models import (
     Page,
     Usage,
 )
+from vllm_batch_dagster.core.pause_ports import PauseRecords
 from vllm_batch_dagster.core.retention_ports import RetentionRecords
 from vllm_batch_dagster.core.states import BatchEvent
 from vllm_batch_dagster.core.upload_ports import PartStore, UploadRecords
+from vllm_batch_dagster.core.webhook_ports import WebhookRecords
 
 
 class FileRecords(Protocol):
@@ -83,7 +86,8 @@ class BatchRecords(Protocol):
         new status becomes max(now, every earlier timestamp). Raises StateConflict, NotFound."""
 
     def amend(self, batch_id: str, *, files: Sequence[File] = (), **changes: object) -> Batch:
-        """Change fields and add the records of `files` without changing the status (a merge after a rerun).
+        """Change fields and add the records of `files` without changing the status (a merge after a rerun). A new
+        `merged_version` becomes the `version` of the outbox event, in the same transaction.
         Raises NotFound."""
 
 
@@ -144,12 +148,19 @@ class IdempotencyRecords(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OutboxEvent:
-    """One record per terminal status, for webhooks and other deliveries."""
+    """One record per terminal status, for webhooks and other deliveries. `version` is the batch's merged_version:
+    a merge after a rerun raises it. `planned_version` is the one whose deliveries were planned, None: none yet."""
 
     id: str
     batch_id: str
     type: str
     created_at: int
+    version: int = 0
+    planned_version: int | None = None
+
+    @property
+    def is_planned(self) -> bool:
+        return self.planned_version == self.version
 
 
 class BatchStore(Protocol):
@@ -168,7 +179,13 @@ class BatchStore(Protocol):
     @property
     def idempotency(self) -> IdempotencyRecords: ...
     @property
+    def deliveries(self) -> DeliveryRecords: ...
+    @property
     def retention(self) -> RetentionRecords: ...
+    @property
+    def pauses(self) -> PauseRecords: ...
+    @property
+    def webhooks(self) -> WebhookRecords: ...
 
     def events(self, batch_id: str) -> Sequence[OutboxEvent]:
         """Outbox events of a batch, oldest first."""
@@ -177,7 +194,7 @@ class BatchStore(Protocol):
 class StoredFile(Protocol):
     """A file being written. Nothing is visible under its id until `commit`."""
 
-    def write(self, data: bytes) -> None: ...
+    def write(self, data: bytes | bytearray) -> None: ...
 
     def commit(self) -> tuple[int, str]:
         """fsync, rename into place, fsync the folder. Returns (bytes, sha256 hex)."""
@@ -208,6 +225,7 @@ class Workspace(Protocol):
     def index_path(self, batch_id: str) -> Path: ...
     def journal_path(self, batch_id: str, chunk: int, epoch: int) -> Path: ...
     def result_path(self, batch_id: str, chunk: int, epoch: int) -> Path: ...
+    def suspects_path(self, batch_id: str) -> Path: ...
     def dataset_path(self, name: str, batch_id: str) -> Path: ...
 
 
@@ -242,9 +260,13 @@ class EngineLease(Protocol):
         """Any HTTP status is an answer. Raises EngineUnavailable when none will come (also when the engine dies
         or is found dead while the request hangs)."""
 
-    async def recover(self) -> None:
-        """Return when the engine serves again, restarting it if we own it. Many callers at once cause one
-        restart. Raises EngineFailure when it cannot be brought back."""
+    async def context_length(self) -> int | None:
+        """Tokens that the model's context holds, prompt and answer together; None when the engine does not say."""
+
+    async def recover(self, limit: int | None = None) -> str:
+        """Return when the engine serves again, restarting it if we own it: with what was seen of its death, for a
+        person. Many callers at once cause one restart. Raises EngineFailure when it cannot be brought back, or was
+        `limit` times (None: as the settings say) without one answer between."""
 
 
 Report = Callable[[str], None]

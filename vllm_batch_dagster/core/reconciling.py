@@ -4,7 +4,7 @@ Nothing here remembers anything: the same states always give the same launches, 
 drop a repeat (dagster report section 3).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -19,6 +19,7 @@ class Step(StrEnum):
     VALIDATE = "validate"
     INFER = "infer"
     FINALIZE = "finalize"
+    DELIVER = "deliver"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class GraphState:
     last_ended: float = 0.0
 
 
-_FREE_FAILURES = 3
+FREE_FAILURES = 3
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 10.0, 600.0
 
 
@@ -58,16 +59,22 @@ def pause_after(failures: int) -> float:
 
     Dagster itself retries twice at once; what still fails after that (a full disk, say) is asked for ever less often.
     """
-    if failures < _FREE_FAILURES:
+    if failures < FREE_FAILURES:
         return 0.0
-    return float(min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2 ** min(failures - _FREE_FAILURES, 16)))
+    return float(min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2 ** min(failures - FREE_FAILURES, 16)))
 
 
-def decide_launches(batch: Batch, chunks: Sequence[Chunk], graph: GraphState, now: float) -> Iterator[Launch]:
+def decide_launches(
+    batch: Batch,
+    chunks: Sequence[Chunk],
+    graph: GraphState,
+    now: float,
+    is_paused: Callable[[Chunk], bool] = lambda _chunk: False,
+) -> Iterator[Launch]:
     """Yield what must run now. While a run of the batch is active there is nothing to ask for.
 
     A batch that must stop waits for nobody who has not begun: the run for its chunks may stand in the queue behind
-    another batch for hours.
+    another batch for hours. Chunks that are paused are not asked for; whatever needs no engine goes on.
     """
     stopping = stop_reason(batch, now)
     if graph.active and not (stopping and graph.waiting):
@@ -83,11 +90,20 @@ def decide_launches(batch: Batch, chunks: Sequence[Chunk], graph: GraphState, no
     elif batch.status is BatchStatus.VALIDATING:
         yield Launch(Step.VALIDATE, batch.id, f"validate:{key}")
     elif missing and not batch.is_terminal:
-        for first, last in contiguous_ranges(missing):
+        paused = {chunk.index for chunk in chunks if is_paused(chunk)}
+        for first, last in contiguous_ranges([index for index in missing if index not in paused]):
             yield Launch(Step.INFER, batch.id, f"infer:{key}:{first}-{last}", (first, last))
     else:
         newest = max(graph.materialized.values(), default=0)
         yield Launch(Step.FINALIZE, batch.id, f"merge:{key}@{newest}")
+
+
+def decide_delivery(batch_id: str, graph: GraphState, now: float) -> Launch | None:
+    """Return the run for an ended batch of which the store says that something is to be delivered. What it delivers is
+    claimed there, so a run of the batch's chunks beside it does no harm, and need not be waited for."""
+    if now < graph.last_ended + pause_after(graph.failures):
+        return None
+    return Launch(Step.DELIVER, batch_id, f"deliver:{batch_id}:{graph.newest_run}")
 
 
 def contiguous_ranges(indexes: Sequence[int]) -> list[tuple[int, int]]:

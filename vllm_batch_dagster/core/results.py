@@ -70,6 +70,8 @@ def read_results(index: BinaryIO) -> ResultIndex:
     if len(header) < _HEADER.size or not header.startswith(MAGIC):
         raise StorageFailure("a chunk's result index is damaged; materialize the chunk again")
     _magic, lines, reason = _HEADER.unpack(header)
+    if not reason.isascii():
+        raise StorageFailure("a chunk's result index is damaged; materialize the chunk again")
     packed = index.read(lines * _ENTRY.size)
     if len(packed) < lines * _ENTRY.size:
         raise StorageFailure("a chunk's result index is cut short; materialize the chunk again")

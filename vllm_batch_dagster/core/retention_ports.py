@@ -22,14 +22,17 @@ class RetentionRecords(Protocol):
         """The `expires_at` of those files that have a record."""
 
     def ended(self, *, after: str = "", limit: int, by: int, purged: bool) -> Sequence[Batch]:
-        """Batches that ended at `by` or before and are not stale, with or without their working data."""
+        """Batches that ended at `by` or before and are not stale, with or without their working data. Those with a
+        pending delivery are left out."""
 
     def purge(self, batch_id: str, now: int) -> None:
         """Delete the chunks and attempts of a batch and set its `purged_at`, in one transaction. Doing it again
-        changes nothing. Raises NotFound, and StateConflict while it is open or stale."""
+        changes nothing. Raises NotFound, and StateConflict while it is open or stale or has a pending
+        delivery."""
 
     def forget(self, batch_id: str) -> None:
-        """Delete the record of a purged batch and its outbox events. Raises NotFound, StateConflict before `purge`."""
+        """Delete the record of a purged batch with its deliveries and outbox events. Raises NotFound, StateConflict before
+        `purge`."""
 
 
 @dataclass(frozen=True, slots=True)

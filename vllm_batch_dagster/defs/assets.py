@@ -5,33 +5,39 @@ by the sensors.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 
 import dagster as dg
 
 from vllm_batch_dagster.core.errors import NotFound, UnprovenMerge
 from vllm_batch_dagster.core.models import Batch, Chunk, stop_reason
+from vllm_batch_dagster.core.pauses import Pause
 from vllm_batch_dagster.core.reconciling import AttemptPlan, plan_attempt
 from vllm_batch_dagster.core.states import BatchStatus
 from vllm_batch_dagster.defs import checks
 from vllm_batch_dagster.defs.background import BackgroundInference
+from vllm_batch_dagster.defs.curation import curated_export
 from vllm_batch_dagster.defs.deliveries import deliveries
 from vllm_batch_dagster.defs.history import BATCH_TAG, CHUNK_RESULTS, read_shown_result
+from vllm_batch_dagster.defs.manifest import describe_manifest
 from vllm_batch_dagster.defs.metadata import (
     SAMPLES,
     describe_chunk,
-    describe_curation,
     describe_empty_slot,
     describe_merge,
     describe_validation,
 )
 from vllm_batch_dagster.defs.partitions import batches, cell_key, chunk_cells, split_cell
+from vllm_batch_dagster.defs.pauses import may_warm, show_pause
 from vllm_batch_dagster.defs.preflight import describe_preflight
 from vllm_batch_dagster.defs.services import Services
+from vllm_batch_dagster.failpoints import failpoint
+from vllm_batch_dagster.stages.healing import without_lost_results
 from vllm_batch_dagster.stages.inference import ChunkDone, RangeInference
 from vllm_batch_dagster.stages.merging import MergeReport, merge_batch
 from vllm_batch_dagster.stages.rows import answered_lines
-from vllm_batch_dagster.stages.validation import validate_batch
+from vllm_batch_dagster.stages.validation import ValidationReport, validate_batch
 
 ENGINE_POOL = "engine"
 GROUP = "batch"
@@ -55,15 +61,8 @@ def validated_input(slots: int) -> dg.AssetsDefinition:
         a bad line ends here as failed, `errors` lists each bad line, and no engine is touched; in lenient mode bad
         lines are set aside for the error file."""
         batch = services.store.batches.get(context.partition_key)
-        report = validate_batch(
-            batch,
-            services.store,
-            services.files,
-            services.workspace,
-            services.catalog,
-            services.limits,
-            services.clock,
-        )
+        report = _validate(services, batch)
+        failpoint("planned", batch.id)
         if not report.errors:
             _warm_engine(context, services, batch)
             # As planned, which is not as this very pass would plan it: CHUNK_SIZE may have changed since.
@@ -76,12 +75,25 @@ def validated_input(slots: int) -> dg.AssetsDefinition:
     return check_input
 
 
+def _validate(services: Services, batch: Batch) -> ValidationReport:
+    return validate_batch(
+        batch,
+        services.store,
+        services.files,
+        services.workspace,
+        services.catalog,
+        services.limits,
+        services.clock,
+    )
+
+
 def _warm_engine(context: dg.AssetExecutionContext, services: Services, batch: Batch) -> None:
     """Let the engine start while the run for the chunks is asked for and started: it is the longest wait of all."""
     planned = services.store.batches.get(batch.id)
     if batch.status is BatchStatus.VALIDATING and planned.status is BatchStatus.IN_PROGRESS:
         first = services.store.chunks.get(batch.id, 0)
-        services.engines.warm(services.model_of(planned, first), context.log.info)
+        if may_warm(context, services, planned, first):
+            services.engines.warm(services.model_of(planned, first), context.log.info)
 
 
 def _fill_unused_slots(instance: dg.DagsterInstance, batch_id: str, used: int, slots: int) -> None:
@@ -133,7 +145,9 @@ def _infer_batch(
     batch = services.store.batches.get(batch_id)
     if batch.status is BatchStatus.VALIDATING:
         raise NotFound("chunks of a batch that is still validating", batch_id)
-    planned = {chunk.index: chunk for chunk in services.store.chunks.list(batch_id)}
+    _restore_index(services, batch)
+    known = without_lost_results(services.store.chunks.list(batch_id), services.workspace)
+    planned = {chunk.index: chunk for chunk in known}
     for index in indexes:
         if index not in planned:
             yield dg.AssetMaterialization(
@@ -153,6 +167,12 @@ def _infer_batch(
             yield from _run_chunks(context, services, batch, list(neighbours), fresh)
 
 
+def _restore_index(services: Services, batch: Batch) -> None:
+    """Write the byte index anew when the disk has lost it: it follows from the input file alone."""
+    if not services.workspace.index_path(batch.id).exists():
+        _validate(services, batch)
+
+
 def _plan(context: dg.AssetExecutionContext, chunk: Chunk) -> AttemptPlan:
     shown = read_shown_result(context.instance, chunk.batch_id, chunk.index, context.run)
     return plan_attempt(chunk, shown)
@@ -166,9 +186,10 @@ def _run_chunks(
     fresh: frozenset[int],
 ) -> Iterator[object]:
     model = services.model_of(batch, chunks[0])
+    notes = services.origin_notes(model)
     background = BackgroundInference(
         lambda on_done, report: RangeInference(
-            services.inference_ports,
+            replace(services.inference_ports, origins=notes),
             services.inference_policy,
             batch,
             model,
@@ -180,10 +201,12 @@ def _run_chunks(
         ),
         context.log.info,
     )
-    with background:
+    with notes, background:
         for done in background.finished_chunks():
             yield from _show(context, services, batch, done)
-    if background.stopped:
+    if isinstance(background.stopped, Pause):
+        show_pause(context, batch, chunks[0], background.stopped)
+    elif background.stopped:
         context.log.info(f"{batch.id} stops: {background.stopped.value}; finished lines are kept")
 
 
@@ -217,6 +240,8 @@ def merged_output() -> dg.AssetsDefinition:
     def merge(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> Iterator[object]:
         """The output and the error file of a batch, in input order, every custom_id exactly once."""
         batch = services.store.batches.get(context.partition_key)
+        if services.store.chunks.list(batch.id):
+            _restore_index(services, batch)
         try:
             report = merge_batch(batch, services.merge_ports, run_id=context.run.run_id)
         except UnprovenMerge as error:
@@ -226,7 +251,8 @@ def merged_output() -> dg.AssetsDefinition:
         chunks = services.store.chunks.list(batch.id)
         context.log.info(f"{batch.id} is {report.batch.status.value}: {report.counts}")
         yield dg.MaterializeResult(
-            metadata=describe_merge(report, chunks, services), check_results=checks.merge_checks(report)
+            metadata={**describe_merge(report, chunks, services), **describe_manifest(report.manifest, services)},
+            check_results=checks.merge_checks(report),
         )
 
     return merge
@@ -239,27 +265,6 @@ def _show_sealed(instance: dg.DagsterInstance, services: Services, report: Merge
         if chunk.summary is not None:
             done = ChunkDone(index, chunk.published_epoch, chunk.summary)
             instance.report_runless_asset_event(_materialize(services, report.batch, chunk, done))
-
-
-def curated_export() -> dg.AssetsDefinition:
-    @dg.asset(
-        name="curated_export",
-        partitions_def=batches,
-        deps=["merged_output"],
-        group_name=GROUP,
-        kinds={"parquet", "polars"},
-    )
-    def curate(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> Iterator[object]:
-        """The answers that ended by themselves, as a Parquet dataset: prompt, messages, answer, lengths; each prompt
-        once. `refused_by_rule` says what was left out and why."""
-        # Polars is a sixth of the load time, and no other asset needs it.
-        from vllm_batch_dagster.stages.curation import curate_batch
-
-        batch = services.store.batches.get(context.partition_key)
-        report = curate_batch(batch, services.store, services.files, services.workspace, services.curation_rules)
-        yield dg.MaterializeResult(metadata=describe_curation(report))
-
-    return curate
 
 
 __all__ = ["BATCH_TAG", "ENGINE_POOL", "build_assets"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from vllm_batch_dagster.core.models import StopReason
+from vllm_batch_dagster.core.pauses import Pause
 from vllm_batch_dagster.core.ports import Report
 from vllm_batch_dagster.stages.inference import ChunkDone, RangeInference
 
@@ -23,7 +24,7 @@ MakeInference = Callable[[Callable[[ChunkDone], None], Report], RangeInference]
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    stopped: StopReason | None = None
+    stopped: StopReason | Pause | None = None
     error: BaseException | None = None
 
 
@@ -35,9 +36,9 @@ class BackgroundInference:
         self._events: queue.SimpleQueue[ChunkDone | str | _Ended] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="inference")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[StopReason | None] | None = None
+        self._task: asyncio.Task[StopReason | Pause | None] | None = None
         self._started = threading.Event()
-        self.stopped: StopReason | None = None
+        self.stopped: StopReason | Pause | None = None
 
     def __enter__(self) -> "BackgroundInference":
         self._thread.start()
@@ -88,7 +89,7 @@ class BackgroundInference:
         finally:
             self._started.set()
 
-    async def _infer(self) -> StopReason | None:
+    async def _infer(self) -> StopReason | Pause | None:
         self._loop = asyncio.get_running_loop()
         inference = self._make(self._events.put, self._events.put)
         self._task = asyncio.create_task(inference.run())

@@ -3,10 +3,11 @@ because a check step of its own is skipped in range runs (dagster report section
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
 
+from vllm_batch_dagster.core.deliveries import DeliveryRecord, DeliveryState
 from vllm_batch_dagster.core.errors import UnprovenMerge
 from vllm_batch_dagster.core.merging import ENGINE_FAILURE
 from vllm_batch_dagster.defs.history import CHUNK_RESULTS
@@ -29,6 +30,8 @@ CUSTOM_IDS_ONCE = dg.AssetCheckSpec(
     asset="merged_output",
     description="Every custom_id of the input stands exactly once in the merged files, in input order.",
 )
+HANDLERS_DELIVERED, WEBHOOKS_DELIVERED = "handlers_delivered", "webhooks_delivered"
+TASKS_PUSHED = "tasks_pushed"
 _EVERY_LINE_ANSWERED, _ERROR_RATE = "every_line_answered", "error_rate"
 
 
@@ -38,11 +41,51 @@ def chunk_check_specs(cells: dg.PartitionsDefinition) -> list[dg.AssetCheckSpec]
         _EVERY_LINE_ANSWERED: "The engine answered every line of the chunk, if only with an error.",
         _ERROR_RATE: f"At most {ERROR_RATE_LIMIT:.0%} of the chunk's lines ended in an error.",
     }
+    return _partitioned_specs(CHUNK_RESULTS, cells, described)
+
+
+def delivery_check_specs(batches: dg.PartitionsDefinition) -> list[dg.AssetCheckSpec]:
+    """Return the checks that exist for the deliveries of each batch."""
+    described = {
+        HANDLERS_DELIVERED: "Every result handler of the batch has taken its results.",
+        WEBHOOKS_DELIVERED: "Every webhook of the batch has been told of its end.",
+    }
+    return _partitioned_specs(dg.AssetKey("deliveries"), batches, described)
+
+
+def curation_check_specs(batches: dg.PartitionsDefinition) -> list[dg.AssetCheckSpec]:
+    """Return the check that exists for the curation of each batch."""
+    described = {TASKS_PUSHED: "Every row that was selected for review is one task in Label Studio, if that is set."}
+    return _partitioned_specs(dg.AssetKey("curated_export"), batches, described)
+
+
+def deliveries_check(name: str, shown: Sequence[DeliveryRecord]) -> dg.AssetCheckResult:
+    """Return the check of the targets of one kind: a warning while there are attempts to come, an error when one is
+    dead."""
+    waiting = [each for each in shown if each.state is DeliveryState.PENDING]
+    dead = [each for each in shown if each.state is DeliveryState.DEAD]
+    problems = {each.target: each.last_error or "not attempted yet" for each in (*dead, *waiting)}
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=not problems,
+        severity=dg.AssetCheckSeverity.ERROR if dead else dg.AssetCheckSeverity.WARN,
+        metadata={
+            "delivered": len(shown) - len(waiting) - len(dead),
+            "waiting": len(waiting),
+            "dead": len(dead),
+            "problems": dg.MetadataValue.json(problems),
+        },
+    )
+
+
+def _partitioned_specs(
+    asset: dg.AssetKey, partitions: dg.PartitionsDefinition, described: Mapping[str, str]
+) -> list[dg.AssetCheckSpec]:
     with warnings.catch_warnings():
         # Checks by partition are a preview of Dagster's; its version is pinned, and tests/defs guards them.
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return [
-            dg.AssetCheckSpec(name, asset=CHUNK_RESULTS, partitions_def=cells, description=text)
+            dg.AssetCheckSpec(name, asset=asset, partitions_def=partitions, description=text)
             for name, text in described.items()
         ]
 

@@ -4,6 +4,7 @@ Prompts and answers appear only with UI_SAMPLES: the UI has no authentication (d
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -12,7 +13,7 @@ import msgspec
 
 from vllm_batch_dagster.core.curation import read_prompt, read_text
 from vllm_batch_dagster.core.histogram import Buckets, draw_histogram
-from vllm_batch_dagster.core.models import Batch, Chunk, ChunkSummary, LineError, RequestCounts, Usage
+from vllm_batch_dagster.core.models import Batch, Chunk, ChunkSummary, LineError, RepairCounts, RequestCounts, Usage
 from vllm_batch_dagster.defs.history import EPOCH_METADATA
 from vllm_batch_dagster.defs.partitions import cell_key, slot_key
 from vllm_batch_dagster.defs.services import Services
@@ -71,6 +72,9 @@ def describe_chunk(done: ChunkDone, batch: Batch, services: Services, samples: I
         "validated_input": _asset_link("validated_input", batch.id),
         "merged_output": _asset_link("merged_output", batch.id),
     }
+    if memory := _engine_memory(services):
+        shown["engine_memory"] = memory
+    shown |= _describe_repairs(summary.repairs)
     if summary.error_codes:
         shown["error_digest"] = _digest("error", summary.error_codes)
     if summary.finish_reasons:
@@ -82,6 +86,21 @@ def describe_chunk(done: ChunkDone, batch: Batch, services: Services, samples: I
     if rows := [_sample(line) for line in samples]:
         shown["samples"] = dg.MetadataValue.table(records=rows, schema=_SAMPLE_SCHEMA)
     return shown
+
+
+def _engine_memory(services: Services) -> str:
+    """Return the rung of our own engine: what the memory ladder changed of its settings."""
+    if services.settings.engine_url:
+        return ""
+    # It brings an HTTP client along, which loading the graph does not need.
+    from vllm_batch_dagster.adapters.engine import engine_rung
+
+    return engine_rung(services.settings.engine_folder)
+
+
+def _describe_repairs(repairs: RepairCounts) -> Metadata:
+    """Return what repair rounds did; nothing where none was needed."""
+    return {name: count for name, count in asdict(repairs).items() if repairs != RepairCounts()}
 
 
 def describe_empty_slot(batch_id: str) -> Metadata:
@@ -96,6 +115,7 @@ def describe_merge(report: MergeReport, chunks: Iterable[Chunk], services: Servi
         "status": batch.status.value,
         **_numbers(report.counts, report.usage, report.inference_seconds, report.usage.total_tokens),
         "wall_s": _wall_seconds(batch),
+        **(_describe_repairs(batch.repairs) if batch.repairs else {}),
     }
     for name, file in (("output_file", report.output), ("error_file", report.errors)):
         if file is not None:
@@ -123,6 +143,9 @@ def describe_curation(report: "CurationReport") -> Metadata:
         "bytes": report.bytes,
         "dataset": dg.MetadataValue.path(str(report.path)),
         "refused_by_rule": _digest("rule", report.refused) if report.refused else "nothing refused",
+        "selected": report.selected,
+        "selected_by_rule": _digest("rule", report.selected_by_rule) if report.selected else "nothing selected",
+        "selection": dg.MetadataValue.path(str(report.review_path)),
     }
 
 

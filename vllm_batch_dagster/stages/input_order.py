@@ -43,7 +43,7 @@ def ordered_lines(
         _group_lines(batch, tuple(group), files, workspace)
         for _model, group in groupby(chunks, key=lambda chunk: chunk.range.model)
     ]
-    yield from merge(*streams, _refused_lines(batch, workspace), key=_by_offset)
+    yield from merge(*streams, _rendered_refusals(batch, workspace), key=_by_offset)
 
 
 def _group_lines(batch: Batch, chunks: Sequence[Chunk], files: FileStore, workspace: Workspace) -> Iterator[PlacedLine]:
@@ -65,24 +65,26 @@ def chunk_lines(batch: Batch, chunk: Chunk, files: FileStore, workspace: Workspa
         for line, (entry, result) in enumerate(zip(entries, results.entries, strict=True), chunk.range.first_line):
             if result.outcome == UNANSWERED:
                 assert source is not None
-                rendered = render_unanswered(batch.id, line, _custom_id(source, entry), results.reason)
+                rendered = render_unanswered(batch.id, line, custom_id_at(source, entry), results.reason)
                 yield PlacedLine(entry.offset, False, rendered)
             else:
                 rendered = render_answer(batch.id, journals.read(result))
                 yield PlacedLine(entry.offset, result.outcome == SUCCEEDED, rendered)
 
 
-def _custom_id(source: BinaryIO, entry: IndexEntry) -> str:
+def custom_id_at(source: BinaryIO, entry: IndexEntry) -> str:
+    """Return the custom_id of the request line at `entry` of the input file."""
     source.seek(entry.offset)
     return read_line(source.read(entry.length)).custom_id
 
 
-def _refused_lines(batch: Batch, workspace: Workspace) -> Iterator[PlacedLine]:
-    for rejection in _rejections(batch, workspace):
+def _rendered_refusals(batch: Batch, workspace: Workspace) -> Iterator[PlacedLine]:
+    for rejection in refused_lines(batch, workspace):
         yield PlacedLine(rejection.offset, False, render_rejection(batch.id, rejection))
 
 
-def _rejections(batch: Batch, workspace: Workspace) -> Iterator[Rejection]:
+def refused_lines(batch: Batch, workspace: Workspace) -> Iterator[Rejection]:
+    """Yield what lenient validation refused, in the order of the input file."""
     with workspace.index_path(batch.id).open("rb") as index:
         yield from read_rejections(index)
 
@@ -100,7 +102,7 @@ def expected_hashes(batch: Batch, chunks: Sequence[Chunk], workspace: Workspace)
             streams.append((entry.offset, entry.id_hash) for entry in read_entries(index, first, lines))
             first += lines
         _check_cover(batch, workspace, first)
-        refused = ((each.offset, hash_custom_id(each.custom_id)) for each in _rejections(batch, workspace))
+        refused = ((each.offset, hash_custom_id(each.custom_id)) for each in refused_lines(batch, workspace))
         for _offset, id_hash in merge(*streams, refused, key=_by_offset):
             yield id_hash
 

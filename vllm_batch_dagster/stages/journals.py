@@ -4,12 +4,13 @@ An answer counts only after `write` returned: fsync first, acknowledge second (d
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
-from vllm_batch_dagster.core.errors import StorageFailure
+from vllm_batch_dagster.core.errors import CorruptJournal, StorageFailure
 from vllm_batch_dagster.core.journal import JournalRecord, PlacedRecord, read_placed, read_records
 from vllm_batch_dagster.core.ports import Workspace
 from vllm_batch_dagster.core.results import ResultEntry
@@ -25,7 +26,11 @@ class JournalWriter:
         except OSError as error:
             raise unwritable(path, error) from error
         self._refusal = ""
-        sync_folder(path.parent)
+        try:
+            sync_folder(path.parent)
+        except StorageFailure:
+            os.close(self._descriptor)
+            raise
 
     def write(self, records: Sequence[bytes]) -> None:
         """Append encoded records and fsync. When it returns, they are durable.
@@ -53,15 +58,29 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def replay(
-    workspace: Workspace, batch_id: str, chunk: int, base_epoch: int, epoch: int
+    workspace: Workspace,
+    batch_id: str,
+    chunk: int,
+    base_epoch: int,
+    epoch: int,
+    *,
+    fence: Mapping[int, int] | None = None,
 ) -> Iterator[tuple[int, PlacedRecord]]:
-    """Yield (epoch, record) from the journals of epochs `base_epoch`..`epoch`, oldest first. A line may come twice."""
+    """Yield (epoch, record) from the journals of epochs `base_epoch`..`epoch`, oldest first. A line may come twice.
+
+    `fence` says where the journals of the epochs before `epoch` end: at byte `fence[n]`, and one it does not name is
+    empty. Whoever still appends to an older journal, because it was taken for dead, stays out.
+    """
     for number in range(base_epoch, epoch + 1):
         path = workspace.journal_path(batch_id, chunk, number)
-        if path.exists():
+        end = None if fence is None or number == epoch else fence.get(number, 0)
+        if end != 0 and path.exists():
             with path.open("rb") as journal:
-                for placed in read_records(journal):
-                    yield number, placed
+                yield from ((number, placed) for placed in _until(end, read_records(journal)))
+
+
+def _until(end: int | None, records: Iterator[PlacedRecord]) -> Iterator[PlacedRecord]:
+    return records if end is None else takewhile(lambda placed: placed.end <= end, records)
 
 
 class JournalReader:
@@ -82,5 +101,8 @@ class JournalReader:
         """Return the record at `entry`. Raises CorruptJournal."""
         if entry.epoch not in self._open:
             path = self._workspace.journal_path(self._batch_id, self._chunk, entry.epoch)
-            self._open[entry.epoch] = self._stack.enter_context(path.open("rb"))
-        return read_placed(self._open[entry.epoch], entry.offset)
+            try:
+                self._open[entry.epoch] = self._stack.enter_context(path.open("rb"))
+            except OSError as error:
+                raise CorruptJournal(f"{path} cannot be read: {error.strerror}; run the chunk again") from error
+        return read_placed(self._open[entry.epoch], entry.offset, entry.length)

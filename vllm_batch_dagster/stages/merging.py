@@ -6,11 +6,12 @@ expires (then lines without an answer go to the error file with that reason). St
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_batch_dagster.core.errors import BatchError, StateConflict, StorageFailure, UnprovenMerge
 from vllm_batch_dagster.core.histogram import Buckets, Histogram
+from vllm_batch_dagster.core.manifest import Manifest
 from vllm_batch_dagster.core.merging import (
     Tally,
     covered_seconds,
@@ -30,9 +31,13 @@ from vllm_batch_dagster.core.models import (
 from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore, StoredFile, Workspace
 from vllm_batch_dagster.core.rejections import count_rejections
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
+from vllm_batch_dagster.failpoints import failpoint
 from vllm_batch_dagster.stages.attempts import ChunkAttempt
+from vllm_batch_dagster.stages.healing import without_lost_results
 from vllm_batch_dagster.stages.input_order import chunk_lines, expected_hashes, ordered_lines
 from vllm_batch_dagster.stages.intake import discard_unregistered
+from vllm_batch_dagster.stages.manifests import ManifestWriter
+from vllm_batch_dagster.stages.repairing import add_repairs
 
 _ENDINGS = {
     None: BatchEvent.PUBLISHED,
@@ -67,6 +72,7 @@ class MergeReport:
     finish_reasons: dict[str, int]
     output_lengths: Buckets
     sealed: Sequence[int] = ()
+    manifest: Manifest | None = None
 
 
 def merge_batch(batch: Batch, ports: MergePorts, *, run_id: str) -> MergeReport:
@@ -79,22 +85,29 @@ def merge_batch(batch: Batch, ports: MergePorts, *, run_id: str) -> MergeReport:
     sealed = _seal_rest(batch, ports, stopping, run_id) if stopping else []
     # Read before the chunks: a result published meanwhile must leave the batch stale, not look merged.
     version = ports.store.batches.get(batch.id).result_version
-    chunks = ports.store.chunks.list(batch.id)
+    chunks = without_lost_results(ports.store.chunks.list(batch.id), ports.workspace)
     if missing := [chunk.index for chunk in chunks if not chunk.is_published]:
         raise StateConflict(f"chunks {missing} of {batch.id} have no result yet: materialize chunk_results for them")
     batch = _enter(batch, ports, stopping)
+    failpoint("finalizing", batch.id)
     output, errors = _write_files(batch, chunks, ports)
     files = tuple(filter(None, (output, errors)))
     with _deleted_on_error(ports, files):
+        failpoint("merged", batch.id)
         tally = _prove(batch, chunks, output, errors, ports)
         counts, usage = _add_up(chunks, _count_refused(batch, chunks, ports))
-        changes = {"counts": counts, "usage": usage, "merged_version": version}
+        changes = {"counts": counts, "usage": usage, "merged_version": version, "repairs": add_repairs(batch, chunks)}
         changes |= {
             "output_file_id": output.id if output else None,
             "error_file_id": errors.id if errors else None,
         }
+        writer = ManifestWriter(batch, chunks, ports.store, ports.files, ports.workspace)
+        manifest = writer.write(output, errors, counts, int(ports.clock()))
         batch = _leave(batch, ports, stopping, files, changes)
-    return _report(batch, chunks, output, errors, counts, usage, tally, sealed)
+        writer.drop_others(output, errors)
+    failpoint("ended", batch.id)
+    report = _report(batch, chunks, output, errors, counts, usage, tally, sealed)
+    return replace(report, manifest=manifest)
 
 
 @contextmanager
@@ -139,7 +152,7 @@ def _enter(batch: Batch, ports: MergePorts, stopping: StopReason | None) -> Batc
 def _seal_rest(batch: Batch, ports: MergePorts, stopping: StopReason, run_id: str) -> list[int]:
     """Publish the chunks that a stopping batch leaves unfinished, as far as their journals go; return their indexes."""
     sealed: list[int] = []
-    for chunk in ports.store.chunks.list(batch.id):
+    for chunk in without_lost_results(ports.store.chunks.list(batch.id), ports.workspace):
         if not chunk.is_published:
             attempt = ChunkAttempt.begin(
                 ports.store,
@@ -163,6 +176,7 @@ def _write_files(batch: Batch, chunks: Sequence[Chunk], ports: MergePorts) -> tu
         errors = stack.enter_context(_Sheet(ports, batch, "errors"))
         for _offset, ok, line in ordered_lines(batch, chunks, ports.files, ports.workspace):
             (output if ok else errors).write(line)
+            failpoint("merging", batch.id)
         return output.finish(), errors.finish()
 
 

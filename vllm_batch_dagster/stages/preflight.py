@@ -70,5 +70,8 @@ class _Scratch(Workspace):
     def result_path(self, batch_id: str, chunk: int, epoch: int) -> Path:
         return self._folder / f"{chunk}.{epoch}.idx"
 
+    def suspects_path(self, batch_id: str) -> Path:
+        return self._folder / "suspects.json"
+
     def dataset_path(self, name: str, batch_id: str) -> Path:
         return self._folder / name

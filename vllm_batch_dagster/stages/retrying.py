@@ -26,6 +26,8 @@ from vllm_batch_dagster.core.models import Batch, Chunk
 from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore, Workspace
 from vllm_batch_dagster.core.results import SUCCEEDED, read_results
 from vllm_batch_dagster.core.states import BatchStatus
+from vllm_batch_dagster.core.webhook_params import check_batch_webhook
+from vllm_batch_dagster.core.webhook_urls import NO_HOSTS, AllowedHosts
 from vllm_batch_dagster.core.windows import WindowRule
 from vllm_batch_dagster.stages.intake import FileReceipt, delete_file, find_file
 
@@ -45,6 +47,7 @@ class RetryPorts:
     randomness: Randomness
     windows: WindowRule = WindowRule.OPENAI
     room: StorageRoom | None = None
+    webhook_hosts: AllowedHosts = NO_HOSTS
 
 
 def retry_batch(
@@ -67,6 +70,7 @@ def retry_batch(
         on_repeat()
         return ports.store.batches.get(known)
     checked = read_batch_params(make_params(batch, params), ports.windows)
+    check_batch_webhook(checked.metadata, ports.webhook_hosts)
     blocks = _blocks(_failed_lines(batch, ports))
     first = next(blocks, None)
     if first is None:

@@ -18,6 +18,7 @@ from vllm_batch_dagster.core.models import Batch, Chunk, ChunkRange, LineError, 
 from vllm_batch_dagster.core.modes import ValidationMode, choose_mode
 from vllm_batch_dagster.core.ports import BatchStore, Clock, FileStore, ModelCatalog, Workspace
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
+from vllm_batch_dagster.failpoints import failpoint
 from vllm_batch_dagster.stages.inspection import Findings, Inspection, StrictInspection, all_entries
 from vllm_batch_dagster.stages.leniency import LenientInspection
 from vllm_batch_dagster.stages.publication import publish
@@ -72,6 +73,7 @@ def validate_batch(
     Doing it again for a batch that is past validation rewrites the same index and changes nothing else. A batch that
     was cancelled meanwhile stays so.
     """
+    failpoint("validating", batch.id)
     report = inspect_input(batch, store, files, workspace, catalog, limits, clock)
     if batch.status is BatchStatus.VALIDATING:
         report = _check_queue(batch, report, store, limits)
@@ -93,7 +95,9 @@ def _leave_validation(batch: Batch, report: ValidationReport, store: BatchStore,
     if report.errors:
         store.batches.advance(batch.id, BatchEvent.INVALID, now, errors=report.errors)
     else:
+        failpoint("index", batch.id)
         store.chunks.plan(batch.id, report.chunks)
+        failpoint("planning", batch.id)
         counts = RequestCounts(total=report.lines)
         store.batches.advance(
             batch.id, BatchEvent.PLANNED, now, counts=counts, model=report.model, rejected=report.rejected

@@ -66,7 +66,8 @@ class MemoryBatchRecords:
             self._tables.batches[batch_id] = new
             if (kind := event_type(new.status)) is not None:
                 entered = getattr(new, TIMESTAMP_FIELD[new.status])
-                self._tables.events.append(OutboxEvent(f"evt_{secrets.token_hex(16)}", batch_id, kind, entered))
+                event_id = f"evt_{secrets.token_hex(16)}"
+                self._tables.events.append(OutboxEvent(event_id, batch_id, kind, entered, new.merged_version))
             return self._show(new)
 
     def amend(self, batch_id: str, *, files: Sequence[File] = (), **changes: Any) -> Batch:
@@ -77,6 +78,9 @@ class MemoryBatchRecords:
             new = replace(self._find(batch_id), **changes)
             insert_files(self._tables, files)
             self._tables.batches[batch_id] = new
+            for at, event in enumerate(self._tables.events):
+                if event.batch_id == batch_id and "merged_version" in changes:
+                    self._tables.events[at] = replace(event, version=new.merged_version)
             return self._show(new)
 
     def _find(self, batch_id: str) -> Batch:

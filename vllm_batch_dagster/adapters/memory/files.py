@@ -60,7 +60,7 @@ class _ArrivingBytes:
         self._contents, self._id = contents, file_id
         self._buffer = BytesIO()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         self._buffer.write(data)
 
     def commit(self) -> tuple[int, str]:

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 from vllm_batch_dagster.adapters.memory.batch_records import MemoryBatchRecords
 from vllm_batch_dagster.adapters.memory.chunk_records import MemoryChunkRecords
+from vllm_batch_dagster.adapters.memory.delivery_records import MemoryDeliveryRecords
 from vllm_batch_dagster.adapters.memory.file_records import MemoryFileRecords
 from vllm_batch_dagster.adapters.memory.idempotency_records import MemoryIdempotencyRecords
 from vllm_batch_dagster.adapters.memory.key_records import MemoryKeyRecords
+from vllm_batch_dagster.adapters.memory.pause_records import MemoryPauseRecords
 from vllm_batch_dagster.adapters.memory.retention_records import MemoryRetentionRecords
 from vllm_batch_dagster.adapters.memory.tables import Tables
 from vllm_batch_dagster.adapters.memory.upload_records import MemoryUploadRecords
+from vllm_batch_dagster.adapters.memory.webhook_records import MemoryWebhookRecords
 from vllm_batch_dagster.core.ports import OutboxEvent
 
 
@@ -24,7 +27,10 @@ class MemoryStore:
         self._uploads = MemoryUploadRecords(self._tables)
         self._keys = MemoryKeyRecords(self._tables)
         self._idempotency = MemoryIdempotencyRecords(self._tables)
+        self._deliveries = MemoryDeliveryRecords(self._tables)
         self._retention = MemoryRetentionRecords(self._tables)
+        self._pauses = MemoryPauseRecords(self._tables)
+        self._webhooks = MemoryWebhookRecords(self._tables)
 
     @property
     def files(self) -> MemoryFileRecords:
@@ -39,6 +45,10 @@ class MemoryStore:
         return self._chunks
 
     @property
+    def deliveries(self) -> MemoryDeliveryRecords:
+        return self._deliveries
+
+    @property
     def retention(self) -> MemoryRetentionRecords:
         return self._retention
 
@@ -51,8 +61,16 @@ class MemoryStore:
         return self._idempotency
 
     @property
+    def pauses(self) -> MemoryPauseRecords:
+        return self._pauses
+
+    @property
     def uploads(self) -> MemoryUploadRecords:
         return self._uploads
+
+    @property
+    def webhooks(self) -> MemoryWebhookRecords:
+        return self._webhooks
 
     def events(self, batch_id: str) -> Sequence[OutboxEvent]:
         """Outbox events of a batch, oldest first; empty for an unknown one."""

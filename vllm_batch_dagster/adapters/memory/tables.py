@@ -7,11 +7,14 @@ from typing import Protocol, TypeVar
 
 from vllm_batch_dagster.adapters.store.rules import AttemptRecord
 from vllm_batch_dagster.core.claims import Claim, ClaimKey
+from vllm_batch_dagster.core.deliveries import DeliveryRecord
 from vllm_batch_dagster.core.errors import NotFound
 from vllm_batch_dagster.core.keys import Key
 from vllm_batch_dagster.core.models import Batch, Chunk, File, Page
+from vllm_batch_dagster.core.pauses import Pause, PauseCause
 from vllm_batch_dagster.core.ports import OutboxEvent
 from vllm_batch_dagster.core.uploads import Upload, UploadPart
+from vllm_batch_dagster.core.webhooks import SigningSecret, WebhookEndpoint
 
 ChunkKey = tuple[str, int]
 
@@ -35,10 +38,14 @@ class Tables:
     chunks: dict[ChunkKey, Chunk] = field(default_factory=dict)
     attempts: dict[ChunkKey, list[AttemptRecord]] = field(default_factory=dict)
     events: list[OutboxEvent] = field(default_factory=list)
+    deliveries: dict[str, DeliveryRecord] = field(default_factory=dict)
     uploads: dict[str, Upload] = field(default_factory=dict)
     parts: dict[str, UploadPart] = field(default_factory=dict)
     keys: dict[str, Key] = field(default_factory=dict)
     claims: dict[ClaimKey, KeptClaim] = field(default_factory=dict)
+    pauses: dict[tuple[str, PauseCause], Pause] = field(default_factory=dict)
+    webhooks: dict[str, WebhookEndpoint] = field(default_factory=dict)
+    webhook_secrets: dict[str, SigningSecret] = field(default_factory=dict)
 
     def chunks_of(self, batch_id: str) -> list[Chunk]:
         """In index order."""

@@ -78,6 +78,8 @@ class SqlBatchRecords:
         with self._database.writing() as connection:
             if columns := to_columns(changes):
                 connection.execute(update(batches).where(batches.c.id == batch_id).values(columns))
+            if (version := columns.get("merged_version")) is not None:
+                connection.execute(update(events).where(events.c.batch_id == batch_id).values(version=version))
             batch = _fetch(connection, batch_id)
             insert_files(connection, files)
             return batch
@@ -125,11 +127,11 @@ def _move(connection: Connection, old: Batch, new: Batch, changes: Mapping[str, 
     if not connection.execute(update(batches).where(still).values(columns)).rowcount:
         return False
     if kind is not None:
-        _write_event(connection, new.id, kind, getattr(new, entered))
+        _write_event(connection, new, kind, getattr(new, entered))
     return True
 
 
-def _write_event(connection: Connection, batch_id: str, kind: str, created_at: int) -> None:
+def _write_event(connection: Connection, batch: Batch, kind: str, created_at: int) -> None:
     event_id = f"evt_{secrets.token_hex(16)}"
-    row = {"id": event_id, "batch_id": batch_id, "type": kind, "created_at": created_at}
-    connection.execute(insert(events), row)
+    row = {"id": event_id, "batch_id": batch.id, "type": kind, "created_at": created_at}
+    connection.execute(insert(events), row | {"version": batch.merged_version})

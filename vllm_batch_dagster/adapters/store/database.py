@@ -15,6 +15,8 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from vllm_batch_dagster.core.errors import ConfigurationError, StorageFailure
 
 BUSY_SECONDS = 30
+# Kept open by a process: many threads of the API read at once, and opening one takes as long as ten reads.
+SQLITE_CONNECTIONS = 20
 _BEGIN = "sqlite_begin"
 
 
@@ -105,7 +107,13 @@ def _postgres_engine(url: URL) -> Engine:
 
 
 def _sqlite_engine(url: URL) -> Engine:
-    engine = create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_SECONDS})
+    engine = create_engine(
+        url,
+        hide_parameters=True,
+        connect_args={"timeout": BUSY_SECONDS},
+        pool_size=SQLITE_CONNECTIONS,
+        pool_use_lifo=True,  # the connections that are needed seldom are those of a burst
+    )
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

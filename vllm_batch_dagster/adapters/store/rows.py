@@ -15,6 +15,7 @@ from vllm_batch_dagster.core.models import (
     ChunkSummary,
     File,
     LineError,
+    RepairCounts,
     RequestCounts,
     Usage,
 )
@@ -25,6 +26,7 @@ _DOCUMENTS: dict[str, Any] = {
     "metadata": dict[str, str] | None,
     "errors": tuple[LineError, ...],
     "usage": Usage | None,
+    "repairs": RepairCounts | None,
 }
 _TOKENS = tuple(field.name for field in fields(Usage))
 MIRRORED = ("completed", "failed", *_TOKENS)  # columns of a chunk that add up to what an open batch shows

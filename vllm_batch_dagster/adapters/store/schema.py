@@ -1,6 +1,6 @@
 """The tables of the batch store. `migrations/` creates them; a contract test compares the two.
 
-Documents (metadata, errors, usage, summary) are JSON in text columns. Booleans, arrays and vendor types are avoided,
+Documents (metadata, errors, usage, repairs, summary) are JSON in text columns. Booleans, arrays and vendor types are avoided,
 so that SQLite and PostgreSQL behave alike.
 """
 
@@ -26,6 +26,9 @@ VERSION_TABLE = "batch_store_version"
 # Written out with literals, since a planner uses a partial index only for a condition that it can recognise.
 NEEDS_ATTENTION = "status NOT IN ('failed', 'completed', 'expired', 'cancelled') OR result_version <> merged_version"
 NOT_PURGED = "purged_at IS NULL"
+NOT_PLANNED = "planned_version IS NULL OR planned_version <> version"
+NOT_DELIVERED = "state <> 'delivered'"
+PENDING = "state = 'pending'"
 
 _naming = {
     "ix": "%(table_name)s_%(column_0_N_name)s",
@@ -81,6 +84,7 @@ batches = Table(
     Column("completed", _Number, nullable=False),
     Column("failed", _Number, nullable=False),
     Column("usage", Text),
+    Column("repairs", Text),
     Column("output_file_id", Text),
     Column("error_file_id", Text),
     Column("in_progress_at", _Number),
@@ -154,7 +158,35 @@ events = Table(
     Column("batch_id", Text, ForeignKey("batches.id"), nullable=False),
     Column("type", Text, nullable=False),
     Column("created_at", _Number, nullable=False),
+    Column("version", _Number, nullable=False),
+    Column("planned_version", _Number),
     UniqueConstraint("batch_id", "type"),
+    Index("events_not_planned", "seq", sqlite_where=text(NOT_PLANNED), postgresql_where=text(NOT_PLANNED)),
+    sqlite_autoincrement=True,
+)
+
+# An event on its way to one target. The id follows from event, target and version.
+deliveries = Table(
+    "deliveries",
+    metadata,
+    _sequence(),
+    Column("id", Text, nullable=False, unique=True),
+    Column("batch_id", Text, ForeignKey("batches.id"), nullable=False),
+    Column("event_id", Text, ForeignKey("events.id"), nullable=False),
+    Column("target", Text, nullable=False),
+    Column("created_at", _Number, nullable=False),
+    Column("since", _Number, nullable=False),
+    Column("next_attempt_at", _Number, nullable=False),
+    Column("version", _Number, nullable=False),
+    Column("project_id", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("claimed_by", Text),
+    Column("last_error", Text),
+    Column("delivered_at", _Number),
+    Index("deliveries_by_batch", "batch_id", "seq"),
+    Index("deliveries_pending", "next_attempt_at", sqlite_where=text(PENDING), postgresql_where=text(PENDING)),
+    Index("deliveries_not_delivered", "seq", sqlite_where=text(NOT_DELIVERED), postgresql_where=text(NOT_DELIVERED)),
     sqlite_autoincrement=True,
 )
 
@@ -207,6 +239,19 @@ keys = Table(
     sqlite_autoincrement=True,
 )
 
+# Why nothing new is sent, at most once for a scope and a cause. A breaker's row outlives its time: it holds the strikes.
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("scope", Text, primary_key=True),
+    Column("cause", Text, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("since", _Number, nullable=False),
+    Column("until", _Number),
+    Column("strikes", Integer, nullable=False),
+    Column("mark", Text, nullable=False),
+)
+
 # What an Idempotency-Key made. Written in the transaction that stores the object.
 claims = Table(
     "claims",
@@ -219,4 +264,33 @@ claims = Table(
     Column("created_at", _Number, nullable=False),
     Index("claims_by_time", "created_at"),
     Index("claims_by_object", "object_id"),
+)
+
+# Secrets are kept as they are: to sign with one, we must have it.
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    metadata,
+    _sequence(),
+    Column("id", Text, nullable=False, unique=True),
+    Column("project_id", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("event_types", Text, nullable=False),
+    Column("secret", Text, nullable=False),
+    Column("old_secret", Text),
+    Column("old_secret_until", _Number),
+    Column("created_at", _Number, nullable=False),
+    Column("updated_at", _Number, nullable=False),
+    Index("webhook_endpoints_by_project", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+# What the deliveries to `metadata.webhook_url` are signed with.
+webhook_secrets = Table(
+    "webhook_secrets",
+    metadata,
+    Column("project_id", Text, primary_key=True),
+    Column("secret", Text, nullable=False),
+    Column("old_secret", Text),
+    Column("old_secret_until", _Number),
 )

@@ -9,9 +9,11 @@ from sqlalchemy import Connection, RowMapping, delete, exists, func, insert, sel
 
 from vllm_batch_dagster.adapters.store.database import Database
 from vllm_batch_dagster.adapters.store.file_records import insert_files
+from vllm_batch_dagster.adapters.store.idempotency_records import release_claims, take_claim
 from vllm_batch_dagster.adapters.store.paging import within
 from vllm_batch_dagster.adapters.store.schema import upload_parts, uploads
-from vllm_batch_dagster.core.errors import NotFound, StateConflict
+from vllm_batch_dagster.core.claims import Claim
+from vllm_batch_dagster.core.errors import ClaimConflict, NotFound, StateConflict
 from vllm_batch_dagster.core.models import File
 from vllm_batch_dagster.core.uploads import PartTotals, Upload, UploadPart, UploadStatus
 
@@ -24,9 +26,12 @@ class SqlUploadRecords:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, upload: Upload) -> None:
+    def add(self, upload: Upload, *, claim: Claim | None = None) -> str:
         with self._database.writing() as connection:
-            connection.execute(insert(uploads), _upload_row(upload))
+            owner = take_claim(connection, claim, upload.id, upload.created_at)
+            if owner == upload.id:
+                connection.execute(insert(uploads), _upload_row(upload))
+            return owner
 
     def get(self, upload_id: str, *, project_id: str | None = None) -> Upload:
         with self._database.reading() as connection:
@@ -51,6 +56,12 @@ class SqlUploadRecords:
         with self._database.reading() as connection:
             return PartTotals(*map(int, connection.execute(query).one()))
 
+    def stored_bytes(self, project_id: str) -> int:
+        total = select(func.coalesce(func.sum(upload_parts.c.bytes), 0))
+        query = total.join(uploads, uploads.c.id == upload_parts.c.upload_id).where(uploads.c.project_id == project_id)
+        with self._database.reading() as connection:
+            return int(connection.execute(query).scalar_one())
+
     def begin_completion(self, upload_id: str, file_id: str) -> str | None:
         with self._database.writing() as connection:
             query = select(uploads).where(uploads.c.id == upload_id).with_for_update()
@@ -59,7 +70,9 @@ class SqlUploadRecords:
             connection.execute(update(uploads).where(uploads.c.id == upload_id).values(file_id=file_id))
             return row["file_id"] if row else None
 
-    def complete(self, upload_id: str, file: File, part_ids: Sequence[str], md5: str) -> Upload:
+    def complete(
+        self, upload_id: str, file: File, part_ids: Sequence[str], md5: str, *, claim: Claim | None = None
+    ) -> Upload:
         values = {"status": UploadStatus.COMPLETED.value, "part_ids": _to_json(part_ids), "md5": md5}
         with self._database.writing() as connection:
             mine = (uploads.c.id == upload_id) & _PENDING & (uploads.c.file_id == file.id)
@@ -67,6 +80,8 @@ class SqlUploadRecords:
                 status = _fetch(connection, upload_id).status
                 raise StateConflict(f"upload {upload_id} is {status.value} and not this attempt's to complete")
             insert_files(connection, (file,))
+            if claim is not None and take_claim(connection, claim, upload_id, file.created_at) != upload_id:
+                raise ClaimConflict(claim.key.key)
             return _fetch(connection, upload_id)
 
     def close(self, upload_id: str, status: UploadStatus) -> Upload:
@@ -83,6 +98,7 @@ class SqlUploadRecords:
     def delete(self, upload_id: str) -> None:
         with self._database.writing() as connection:
             connection.execute(delete(upload_parts).where(upload_parts.c.upload_id == upload_id))
+            release_claims(connection, upload_id)
             connection.execute(delete(uploads).where(uploads.c.id == upload_id))
 
     def stale(self, now: int, forget_before: int, limit: int) -> Sequence[Upload]:

@@ -14,6 +14,9 @@ depends_on = None
 _Number = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 _NEEDS_ATTENTION = "status NOT IN ('failed', 'completed', 'expired', 'cancelled') OR result_version <> merged_version"
 _NOT_PURGED = "purged_at IS NULL"
+_NOT_PLANNED = "planned_version IS NULL OR planned_version <> version"
+_NOT_DELIVERED = "state <> 'delivered'"
+_PENDING = "state = 'pending'"
 
 
 def upgrade() -> None:
@@ -22,13 +25,20 @@ def upgrade() -> None:
     _create_chunks()
     _create_attempts()
     _create_events()
+    _create_deliveries()
     _create_keys()
     _create_claims()
     _create_uploads()
+    _create_pauses()
+    _create_webhooks()
 
 
 def downgrade() -> None:
+    op.drop_table("pauses")
+    op.drop_table("deliveries")
     for table in ("upload_parts", "uploads", "claims", "keys", "events", "attempts", "chunks", "batches", "files"):
+        op.drop_table(table)
+    for table in ("webhook_secrets", "webhook_endpoints"):
         op.drop_table(table)
 
 
@@ -65,7 +75,7 @@ def _create_batches() -> None:
         "batches",
         *_sequence("batches"),
         *_texts("id", "input_file_id", "endpoint", "completion_window", "status", "errors", "project_id"),
-        *_texts("metadata", "model", "usage", "output_file_id", "error_file_id", nullable=True),
+        *_texts("metadata", "model", "usage", "repairs", "output_file_id", "error_file_id", nullable=True),
         *_numbers("created_at", "expires_at", "total", "completed", "failed", "result_version", "merged_version"),
         *_numbers("rejected"),
         *_numbers("output_expires_after", *(f"{name}_at" for name in times), nullable=True),
@@ -125,12 +135,38 @@ def _create_events() -> None:
         "events",
         *_sequence("events"),
         *_texts("id", "batch_id", "type"),
-        *_numbers("created_at"),
+        *_numbers("created_at", "version"),
+        *_numbers("planned_version", nullable=True),
         sa.UniqueConstraint("id", name="events_id_key"),
         sa.UniqueConstraint("batch_id", "type", name="events_batch_id_type_key"),
         sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name="events_batch_id_fkey"),
         sqlite_autoincrement=True,
     )
+    unplanned = sa.text(_NOT_PLANNED)
+    op.create_index("events_not_planned", "events", ["seq"], sqlite_where=unplanned, postgresql_where=unplanned)
+
+
+def _create_deliveries() -> None:
+    op.create_table(
+        "deliveries",
+        *_sequence("deliveries"),
+        *_texts("id", "batch_id", "event_id", "target", "project_id", "state"),
+        *_numbers("created_at", "since", "next_attempt_at", "version"),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        *_texts("claimed_by", "last_error", nullable=True),
+        *_numbers("delivered_at", nullable=True),
+        sa.UniqueConstraint("id", name="deliveries_id_key"),
+        sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name="deliveries_batch_id_fkey"),
+        sa.ForeignKeyConstraint(["event_id"], ["events.id"], name="deliveries_event_id_fkey"),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("deliveries_by_batch", "deliveries", ["batch_id", "seq"])
+    for name, column, text in (
+        ("deliveries_pending", "next_attempt_at", _PENDING),
+        ("deliveries_not_delivered", "seq", _NOT_DELIVERED),
+    ):
+        where = sa.text(text)
+        op.create_index(name, "deliveries", [column], sqlite_where=where, postgresql_where=where)
 
 
 def _create_keys() -> None:
@@ -179,3 +215,36 @@ def _create_uploads() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index("upload_parts_by_upload", "upload_parts", ["upload_id", "seq"])
+
+
+def _create_webhooks() -> None:
+    op.create_table(
+        "webhook_endpoints",
+        *_sequence("webhook_endpoints"),
+        *_texts("id", "project_id", "name", "url", "event_types", "secret"),
+        *_texts("old_secret", nullable=True),
+        *_numbers("old_secret_until", nullable=True),
+        *_numbers("created_at", "updated_at"),
+        sa.UniqueConstraint("id", name="webhook_endpoints_id_key"),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("webhook_endpoints_by_project", "webhook_endpoints", ["project_id", "created_at", "seq"])
+    op.create_table(
+        "webhook_secrets",
+        *_texts("project_id", "secret"),
+        *_texts("old_secret", nullable=True),
+        *_numbers("old_secret_until", nullable=True),
+        sa.PrimaryKeyConstraint("project_id", name="webhook_secrets_pkey"),
+    )
+
+
+def _create_pauses() -> None:
+    op.create_table(
+        "pauses",
+        *_texts("scope", "cause", "reason"),
+        *_numbers("since"),
+        *_numbers("until", nullable=True),
+        sa.Column("strikes", sa.Integer, nullable=False),
+        *_texts("mark"),
+        sa.PrimaryKeyConstraint("scope", "cause", name="pauses_pkey"),
+    )
