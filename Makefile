@@ -22,7 +22,7 @@ ifneq ($(ENGINE_VENV),)
 export ENGINE_PYTHON ?= $(abspath $(ENGINE_VENV))/bin/python
 endif
 
-.PHONY: help setup setup-label-studio demo up test test-no-engine faults chaos lint types bench bench-api screenshots lock clean distclean
+.PHONY: help setup setup-label-studio demo curation-demo up test test-no-engine faults chaos lint types bench bench-api screenshots lock clean distclean
 
 help:  ## list the targets
 	@echo "make <target>:"
@@ -36,6 +36,9 @@ setup-label-studio:  ## setup, and Label Studio in an environment of its own (1 
 
 demo: setup  ## a real batch of 40 questions through the whole stack, then stop it
 	@$(BIN)/python scripts/demo.py
+
+curation-demo: setup-label-studio  ## a batch, its review in a real Label Studio, training sets and a regression; twice is as once
+	@$(BIN)/python scripts/curation_demo.py $(DEMO_ARGS)
 
 up: setup  ## start the API, Dagster and the engine manager; Ctrl-C stops all of it
 	@$(BIN)/vllm-batch up

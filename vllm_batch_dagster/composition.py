@@ -22,7 +22,7 @@ from vllm_batch_dagster.settings import Settings
 from vllm_batch_dagster.stages.pausing import PauseBoard
 from vllm_batch_dagster.stages.watching import DiskWatch, GpuWatch, ScheduleWatch
 
-_PUSH_TURN_SECONDS = 1800.0
+_PUSH_TURN_SECONDS = 600.0
 
 if TYPE_CHECKING:
     from handlers.courier import HandlerCourier
@@ -87,6 +87,15 @@ def load_curation_rules(settings: Settings) -> "LoadedRules":
     from vllm_batch_dagster.adapters.curation_file import load_rules
 
     return load_rules(settings.curation_file)
+
+
+def ask_label_studio(settings: Settings) -> str:
+    """Return the user whose key LABEL_STUDIO_API_KEY is. Raises ReviewFailed."""
+    from vllm_batch_dagster.adapters.label_studio import LabelStudioSession
+
+    key = settings.label_studio_api_key.get_secret_value().strip()
+    with LabelStudioSession(settings.label_studio_url, key) as session:
+        return str(session.get("/api/current-user/whoami")["email"])
 
 
 @contextmanager

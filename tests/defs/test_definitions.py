@@ -59,6 +59,15 @@ ASSETS = {
         "pool": None,
     },
 }
+REVIEW_ASSETS = {
+    name: {"partitions": None, "deps": deps, "group": "review", "kinds": kinds, "checks": checks, "pool": None}
+    for name, deps, kinds, checks in (
+        ("reviewed_items", {"curated_export": "AllPartitionMapping"}, {"parquet", "label_studio"}, {}),
+        ("training_dataset", {"reviewed_items": "AllPartitionMapping"}, {"jsonl", "parquet"}, {}),
+        ("gold_set", {"reviewed_items": "AllPartitionMapping"}, {"parquet"}, {}),
+        ("regression_report", {"gold_set": "AllPartitionMapping"}, {"parquet"}, {"agrees_with_people": None}),
+    )
+}
 JOBS = {
     "validate_batch": {"validated_input"},
     "infer_chunks": {"chunk_results"},
@@ -68,8 +77,14 @@ JOBS = {
 SCHEDULES = {
     "retention_schedule": ("retention", "17 * * * *"),
     "curate_schedule": ("curate_batch", "43 * * * *"),
+    "pull_reviews_schedule": ("pull_reviews", "*/10 * * * *"),
 }
-SENSORS = {"reconcile_batches": (1, set(JOBS)), "stop_idle_engine": (30, set()), "watch_inbox": (5, {"ingest_inbox"})}
+SENSORS = {
+    "reconcile_batches": (1, set(JOBS)),
+    "stop_idle_engine": (30, set()),
+    "watch_inbox": (5, {"ingest_inbox"}),
+    "watch_regressions": (15, {"report_regression"}),
+}
 
 # Run in a fresh process: what loading writes, opens, connects to, imports and costs.
 LOAD = """
@@ -137,7 +152,7 @@ def describe_asset(graph: AssetGraph, key: dg.AssetKey) -> dict[str, Any]:
 def test_the_assets(repository: dg.RepositoryDefinition) -> None:
     graph = repository.asset_graph
     shown = {key.to_user_string(): describe_asset(graph, key) for key in graph.get_all_asset_keys()}
-    assert shown == ASSETS
+    assert shown == ASSETS | REVIEW_ASSETS
 
 
 def test_every_asset_and_check_says_what_it_is(repository: dg.RepositoryDefinition) -> None:

@@ -19,10 +19,12 @@ FOREIGN = {
     "HF_TOKEN",
     "VLLM_CPU_KVCACHE_SPACE",
     *("BATCH_ID", "FILE_ID", "HOOK_ID", "SPARE_ID", "UPLOAD_ID"),
+    *("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_SECRET_ACCESS_KEY", "SUMMARY_FOLDER"),
     "O_EXCL",
 }
 # Files that exist only in an installation, a state folder or another project.
 MADE_LATER = {"report.md", ".questions.jsonl", "models.yaml", ".models/models.yaml", "engine.json", "my_handler.py"}
+MADE_LATER |= {"sft.jsonl", "dpo.jsonl", "kto.jsonl"}
 SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".svg", ".sql", ".txt", ".jsonl"}
 
 

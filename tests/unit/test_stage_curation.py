@@ -10,11 +10,12 @@ import pytest
 from tests.unit.conftest import Rig, answer_of, request_line, request_lines
 from vllm_batch_dagster.adapters.memory import EchoEngine
 from vllm_batch_dagster.core.curation import CuratedRow
-from vllm_batch_dagster.core.curation_rules import CurationRules, DatasetFilters
+from vllm_batch_dagster.core.curation_rules import CurationRules, DatasetFilters, parse_rules
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineRequest
 from vllm_batch_dagster.core.states import BatchEvent
 from vllm_batch_dagster.stages import candidates
-from vllm_batch_dagster.stages.curation import CurationReport, curate_batch
+from vllm_batch_dagster.stages.curation import CurationReport, curate_batch, review_rows
+from vllm_batch_dagster.stages.push_records import PushRecord, PushState, failed_pushes, read_push, write_push
 
 CHAT_BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "same question"}]}
 
@@ -140,3 +141,81 @@ async def test_what_python_cannot_read_is_refused_and_does_not_stop_the_rest(rig
     report = curate(rig, batch_id)
     assert [row["custom_id"] for row in rows_of(report)] == ["id-0"]
     assert report.refused == {"unreadable": 1}
+
+
+def choices(*texts: str, reason: str = "stop") -> bytes:
+    made = [{"message": {"content": text}, "finish_reason": reason} for text in texts]
+    return msgspec.json.encode({"model": "tiny", "choices": made, "usage": {"completion_tokens": 5}})
+
+
+def review_of(report: CurationReport) -> dict[str, list[str]]:
+    return {row["custom_id"]: row["rules"] for row in review_rows(report.review_path)}
+
+
+async def test_every_rule_finds_its_rows_and_each_row_says_why(rig: Rig) -> None:
+    json_body = CHAT_BODY | {"response_format": {"type": "json_object"}}
+    lines = request_line("prose", body=json_body) + request_line("json", body=json_body | {"seed": 1})
+    lines += request_line("cut") + request_line("split") + request_line("sure")
+    said = {
+        b'"seed"': choices('{"a": 1}'),
+        b"json_object": choices("no JSON"),
+        b"cut": choices("cut in the", reason="length"),
+        b"split": choices("yes", "no", "perhaps"),
+    }
+    engine = EchoEngine(
+        lambda request: answer_of(next((body for word, body in said.items() if word in request.body), choices("fine")))
+    )
+    report = curate(rig, await finish(rig, lines, engine), parse_rules(TELLING))
+    assert review_of(report) == {"prose": ["schema_failure"], "cut": ["truncated"], "split": ["disagreement"]}
+    assert report.selected_by_rule == {"schema_failure": 1, "truncated": 1, "disagreement": 1}
+    (row,) = (each for each in review_rows(report.review_path) if each["custom_id"] == "split")
+    assert (row["answers"], row["score"]) == (["yes", "no", "perhaps"], 1.0)
+
+
+TELLING = {
+    "review": {"rules": [{"rule": "schema_failure"}, {"rule": "truncated"}, {"rule": "disagreement"}], "filters": {}}
+}
+
+
+async def test_a_sample_stays_the_same_in_a_rerun_and_with_other_chunks(rig: Rig) -> None:
+    rules = parse_rules({"review": {"rules": [{"rule": "random", "n": 4}]}})
+    engine = EchoEngine(by_content)
+    first = await finish(rig, 20, engine)
+    chosen = set(review_of(curate(rig, first, rules)))
+    assert len(chosen) == 4
+    assert set(review_of(curate(rig, first, rules))) == chosen
+    other = rig.start(20, chunk_size=7)
+    await rig.infer(other, engine)
+    rig.merge(other)
+    assert set(review_of(curate(rig, other, rules))) == chosen
+
+
+async def test_near_duplicates_are_left_out_of_either(rig: Rig) -> None:
+    base = " ".join(f"word{number}" for number in range(30))
+    texts = [base, f"{base} more", f"{base} and", "something else altogether, you see"]
+    bodies = [{"model": "tiny", "messages": [{"role": "user", "content": text}]} for text in texts]
+    lines = b"".join(request_line(f"id-{number}", body=body) for number, body in enumerate(bodies))
+    near = {"duplicates": {"of": "prompt", "similarity": 0.8}}
+    rules = parse_rules({"dataset": near, "review": {"filters": near, "rules": [{"rule": "random", "n": 9}]}})
+    report = curate(rig, await finish(rig, lines, EchoEngine(by_content)), rules)
+    assert report.refused == {"similar_prompt": 2}
+    assert [row["custom_id"] for row in rows_of(report)] == list(review_of(report)) == ["id-0", "id-3"]
+
+
+async def test_parts_are_bounded_in_bytes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "BYTES_PER_PART", 1)
+    report = curate(rig, await finish(rig, 4, EchoEngine(by_content)))
+    assert len(list(report.path.glob("*.parquet"))) == 4
+    assert [row["line"] for row in rows_of(report)] == [0, 1, 2, 3]
+
+
+async def test_how_the_push_went_is_kept_beside_the_selection(rig: Rig) -> None:
+    report = curate(rig, await finish(rig, 2, EchoEngine(by_content)))
+    batch_id = report.review_path.name.removeprefix("batch=")
+    assert read_push(report.review_path) is None
+    assert list(failed_pushes(rig.workspace)) == [batch_id]
+    for state, failed in ((PushState.FAILED, [batch_id]), (PushState.OFF, []), (PushState.DONE, [])):
+        write_push(report.review_path, PushRecord(state, 1.0, "why"))
+        assert read_push(report.review_path) == PushRecord(state, 1.0, "why")
+        assert list(failed_pushes(rig.workspace)) == failed
+    assert len(list(review_rows(report.review_path))) == 2

@@ -19,6 +19,7 @@ from vllm_batch_dagster.cli.checkup import (
     check_store,
 )
 from vllm_batch_dagster.cli.console import print_json
+from vllm_batch_dagster.cli.curation_checkup import check_curation
 from vllm_batch_dagster.cli.handler_checkup import check_handlers
 from vllm_batch_dagster.settings import Settings, load_settings
 
@@ -26,7 +27,9 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Check Python, disk, ports, device, engine, models, state folder, store and handlers. Exit code 1 on a failure."""
+    """Check Python, disk, ports, device, engine, models, state folder, store, handlers and curation.
+
+    Exit code 1 on a failure."""
     findings = list(examine(load_settings()))
     if as_json:
         print_json([asdict(finding) for finding in findings])
@@ -47,6 +50,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield check_state_folder(settings)
     yield check_store(settings)
     yield from check_handlers(settings)
+    yield from check_curation(settings)
 
 
 def _show(findings: Sequence[Finding]) -> None:
