@@ -47,7 +47,7 @@ class DyingCourier(HandlerCourier):
 
 class DyingReader(io.BufferedReader):
     """Dies when all of the file but an eighth has been read. Not at the first time by the handler `parquet`, which
-    reads the lines once before it writes. Who uploads has died before (`die_after_a_part`)."""
+    reads the lines once before it writes."""
 
     times_left = 2 if "HANDLER_PARQUET_URL" in os.environ else 1
 
@@ -100,9 +100,10 @@ def die_after_a_part() -> None:
 
 
 def kill(folder: Path, point: str) -> None:
-    if point == MIDDLE:
+    uploads = "HANDLER_S3_ENDPOINT_URL" in os.environ
+    if point == MIDDLE and uploads:
         die_after_a_part()
-    files: FileStore = (DyingFiles if point == MIDDLE else LocalFiles)(folder / "files")
+    files: FileStore = (DyingFiles if point == MIDDLE and not uploads else LocalFiles)(folder / "files")
     kind = DyingCourier if point == COMMITTED else HandlerCourier
     deliver(folder, kind(files, limit_seconds=60), int((folder / "now").read_text()), "first run")
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import logging
 import threading
 import traceback
 from collections.abc import Callable
@@ -203,13 +204,17 @@ class TestErrors:
             (f"postgresql://me:{PASSWORD}@[127.0.0.1/x", ConfigurationError, "HANDLER_POSTGRES_DSN cannot be read"),
         ],
     )
-    def test_the_password_is_never_told(self, dsn: str, kind: type[Exception], said: str) -> None:
+    def test_the_password_is_never_told(
+        self, dsn: str, kind: type[Exception], said: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG)
         handler = PostgresHandler(HandlerSettings(handler_postgres_dsn=SecretStr(dsn)))
         told = self.told(handler.deliver, three_kinds("batch_1"), kind)
         assert said in told
         assert PASSWORD not in told + repr(vars(handler)) + repr(HandlerSettings(handler_postgres_dsn=SecretStr(dsn)))
         with pytest.raises(kind):
             handler.check()
+        assert PASSWORD not in caplog.text
 
     def test_answers_are_never_told(self, table: Table) -> None:
         """PostgreSQL's details quote the row, and the error is shown in Dagster."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -200,12 +201,15 @@ class TestErrors:
             call()
         return "".join(traceback.format_exception(caught.value))
 
-    def test_wrong_credentials(self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_wrong_credentials(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY + "x")
         for call in (shelf.make().check, lambda: shelf.make().deliver(OLD.delivery())):
             told = self.told(call)
             assert "SignatureDoesNotMatch" in told or "403" in told
-            assert SECRET_KEY not in told
+            assert SECRET_KEY not in told + caplog.text
 
     def test_no_credentials_no_bucket_and_no_server(self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "NoSuchBucket" in self.told(shelf.make(handler_s3_url="s3://missing-bucket/x").check)

@@ -54,15 +54,19 @@ def to_gold(judgement: Judgement, min_rating: int) -> GoldItem | str:
     review = judgement.review
     expected = expected_answer(review)
     messages, reason = read_prompt_messages(review)
-    endpoint = review.endpoint or CHAT
     if reason or expected is None:
         return reason or _why(review.verdict)
     if not judgement.is_unanimous:
         return TIED
     if review.rating < min_rating:
         return TOO_LOW
-    if endpoint not in ENDPOINTS:
+    if (review.endpoint or CHAT) not in ENDPOINTS:
         return NO_TEXT_ENDPOINT
+    return _make_item(judgement, expected, messages)
+
+
+def _make_item(judgement: Judgement, expected: str, messages: object) -> GoldItem:
+    review = judgement.review
     return GoldItem(
         id=gold_id(messages),
         export_key=review.export_key,
@@ -70,7 +74,7 @@ def to_gold(judgement: Judgement, min_rating: int) -> GoldItem | str:
         custom_id=review.custom_id,
         project_id=review.project_id or DEFAULT_PROJECT,
         line=review.line,
-        endpoint=endpoint,
+        endpoint=review.endpoint or CHAT,
         model=review.model,
         request=review.request or _rebuild(review.model, messages),
         prompt=review.prompt,

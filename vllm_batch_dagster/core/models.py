@@ -81,8 +81,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class RepairCounts:
-    """What repair rounds did: lines that got a good answer by them, lines whose accepted answer is still flawed, answers
-    that were asked again, and the tokens of the repeats (part of the usage)."""
+    """What repair rounds did: lines that got a good answer by them, lines whose accepted answer is still flawed,
+    answers that were asked again, and the tokens of the repeats (part of the usage)."""
 
     repaired: int = 0
     unrepaired: int = 0

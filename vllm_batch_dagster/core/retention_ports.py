@@ -31,8 +31,8 @@ class RetentionRecords(Protocol):
         delivery."""
 
     def forget(self, batch_id: str) -> None:
-        """Delete the record of a purged batch with its deliveries and outbox events. Raises NotFound, StateConflict before
-        `purge`."""
+        """Delete the record of a purged batch with its deliveries and outbox events. Raises NotFound, StateConflict
+        before `purge`."""
 
 
 @dataclass(frozen=True, slots=True)

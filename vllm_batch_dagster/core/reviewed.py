@@ -99,8 +99,7 @@ def is_ours(task: AnnotatedTask) -> bool:
 
 def read_review(source: str, task: AnnotatedTask, annotation: Mapping[str, Any], asked: Asked) -> Review:
     """Return what an annotation says. Raises ValueError for a time or a number that is none."""
-    data, said = task.data, _by_question(annotation.get("result"))
-    answers, labels = _answers(data)
+    data, said, (answers, labels) = task.data, _by_question(annotation.get("result")), _answers(task.data)
     return Review(
         source=source,
         export_key=data["export_key"],
@@ -120,9 +119,9 @@ def read_review(source: str, task: AnnotatedTask, annotation: Mapping[str, Any],
         annotator=_annotator(annotation.get("completed_by")),
         created_at=read_time(annotation.get("created_at") or annotation["updated_at"]),
         updated_at=read_time(annotation["updated_at"]),
-        state=(ReviewState.SKIPPED if annotation.get("was_cancelled") else ReviewState.FINISHED).value,
+        state=_state(annotation),
         verdict=_one_of(VERDICTS, _texts(said, VERDICT, "choices")),
-        rating=_rating(said),
+        rating=_rating(said.get(RATING, {}).get("rating")),
         issues=_texts(said, ISSUES, "choices"),
         correction=_first(_texts(said, CORRECTION, "text")),
         preference=_place(labels, _texts(said, PREFERENCE, "choices")),
@@ -137,6 +136,10 @@ def read_time(text: str) -> str:
 
 def show_time(at: datetime) -> str:
     return at.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _state(annotation: Mapping[str, Any]) -> str:
+    return (ReviewState.SKIPPED if annotation.get("was_cancelled") else ReviewState.FINISHED).value
 
 
 def _answers(data: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -173,8 +176,7 @@ def _place(labels: Sequence[str], chosen: Sequence[str]) -> int:
     return next((labels.index(each) for each in chosen if each in labels), -1)
 
 
-def _rating(said: Mapping[str, Mapping[str, Any]]) -> int:
-    rating = said.get(RATING, {}).get("rating")
+def _rating(rating: object) -> int:
     if not isinstance(rating, int) or isinstance(rating, bool):
         return 0
     return rating if 1 <= rating <= MAX_RATING else 0

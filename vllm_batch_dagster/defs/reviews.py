@@ -38,6 +38,11 @@ GROUP = "review"
 PULL_JOB, REGRESSION_JOB, REPORT_JOB = "pull_reviews", "regression_batch", "report_regression"
 EVERY_TEN_MINUTES = "*/10 * * * *"
 AGREES = "agrees_with_people"
+_AGREEMENT = dg.AssetCheckSpec(
+    AGREES,
+    asset="regression_report",
+    description="The model's answers to the gold prompts agree with the people's as far as asked for.",
+)
 
 
 class PullConfig(dg.Config):
@@ -143,13 +148,7 @@ def regression_report() -> dg.AssetsDefinition:
         deps=["gold_set"],
         group_name=GROUP,
         kinds={"parquet"},
-        check_specs=[
-            dg.AssetCheckSpec(
-                AGREES,
-                asset="regression_report",
-                description="The model's answers to the gold prompts agree with the people's as far as asked for.",
-            )
-        ],
+        check_specs=[_AGREEMENT],
     )
     def compare(config: ReportConfig, services: dg.ResourceParam[Services]) -> Iterator[object]:
         """How far a model's answers to the gold prompts agree with those that people want: of one batch of the job
@@ -161,16 +160,12 @@ def regression_report() -> dg.AssetsDefinition:
         batch = store.batches.get(config.batch_id) if config.batch_id else newest_regression(ports.datasets, store)
         report = report_regression(batch, ports)
         least = services.settings.regression_threshold if config.threshold < 0 else config.threshold
-        yield dg.MaterializeResult(
-            metadata=describe_regression(report, least, services),
-            check_results=[
-                dg.AssetCheckResult(
-                    check_name=AGREES,
-                    passed=report.agreement >= least,
-                    metadata={"agreement": round(report.agreement, 4), "least": least, "batch": batch.id},
-                )
-            ],
+        check = dg.AssetCheckResult(
+            check_name=AGREES,
+            passed=report.agreement >= least,
+            metadata={"agreement": round(report.agreement, 4), "least": least, "batch": batch.id},
         )
+        yield dg.MaterializeResult(metadata=describe_regression(report, least, services), check_results=[check])
 
     return compare
 

@@ -1,7 +1,7 @@
 """The tables of the batch store. `migrations/` creates them; a contract test compares the two.
 
-Documents (metadata, errors, usage, repairs, summary) are JSON in text columns. Booleans, arrays and vendor types are avoided,
-so that SQLite and PostgreSQL behave alike.
+Documents (metadata, errors, usage, repairs, summary) are JSON in text columns. Booleans, arrays and vendor types are
+avoided, so that SQLite and PostgreSQL behave alike.
 """
 
 from sqlalchemy import (
@@ -239,7 +239,7 @@ keys = Table(
     sqlite_autoincrement=True,
 )
 
-# Why nothing new is sent, at most once for a scope and a cause. A breaker's row outlives its time: it holds the strikes.
+# Why nothing new is sent, at most once for a scope and a cause. A breaker's row outlives its time: it has the strikes.
 pauses = Table(
     "pauses",
     metadata,
