@@ -5,6 +5,7 @@ the folder.
 """
 
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,11 +28,15 @@ class DirectoryHandler(ResultHandler):
     def handle(self, batch_id: str, results: Results, metadata: Mapping[str, str]) -> bool:
         folder = Path(self._folder)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{batch_id}.partial"
-        with partial.open("wb") as copy:
-            for line in results.lines():
-                copy.write(line)
-            copy.flush()
-            os.fsync(copy.fileno())
-        partial.replace(folder / f"{batch_id}.jsonl")
+        # A name of its own: an attempt that was given up may still be writing when the next one begins.
+        partial = folder / f".{batch_id}.{secrets.token_hex(4)}.partial"
+        try:
+            with partial.open("xb") as copy:
+                for line in results.lines():
+                    copy.write(line)
+                copy.flush()
+                os.fsync(copy.fileno())
+            partial.replace(folder / f"{batch_id}.jsonl")
+        finally:
+            partial.unlink(missing_ok=True)
         return True

@@ -51,8 +51,12 @@ class CheckedRunLauncher(DefaultRunLauncher):
         return True
 
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
-        """Return RUNNING while anybody vouches for the worker of `run`, FAILED after enough misses."""
-        if self._server_claims(run) or self._worker_lives(run):
+        """Return RUNNING while anybody vouches for the worker of `run`, FAILED after enough misses.
+
+        The server is asked only for a worker whose process is not seen here: it answers behind a lock that it shares
+        with the worker, and every launch waits there too while that lock is not had.
+        """
+        if self._worker_lives(run) or self._server_claims(run):
             self._misses.pop(run.run_id, None)
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         seen = self._misses[run.run_id] = self._misses.get(run.run_id, 0) + 1
