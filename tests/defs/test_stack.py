@@ -18,6 +18,7 @@ from tests.e2e.batches import chat, finish, ids, read, submit
 from tests.stack import START_SECONDS, Stack, wait_for
 from vllm_batch_dagster.adapters.simulated.process import SimulatedProcess
 from vllm_batch_dagster.cli.processes import run_workers
+from vllm_batch_dagster.cli.readiness import can_start_runs
 from vllm_batch_dagster.core.journal import read_records
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -129,6 +130,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         finally:
             stack.run("down")
             up.wait()
+
+
+def test_the_code_server_says_that_it_can_start_runs(world: World) -> None:
+    """Asked as the supervisor asks it, by hand-made bytes."""
+    assert can_start_runs("127.0.0.1", int(world.stack.env["CODE_SERVER_PORT"]))
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,14 @@ def supervising(folder: Path, log: GroupLog, signals: Signals) -> Iterator[Stack
     kill_processes(stack_processes(folder))
 
 
-def service(name: str, code: str, *after: str, ready: Callable[[float], bool] = lambda _: True) -> Service:
-    return Service(name, ("-c", code), "green", after, ready)
+def service(
+    name: str,
+    code: str,
+    *after: str,
+    ready: Callable[[float], bool] = lambda _: True,
+    alive: Callable[[], bool] | None = None,
+) -> Service:
+    return Service(name, ("-c", code), "green", after, ready, alive)
 
 
 def run_until(supervisor: Supervisor, signals: Signals, is_done: Callable[[], bool]) -> str | None:

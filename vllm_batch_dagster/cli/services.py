@@ -4,11 +4,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from vllm_batch_dagster.cli.addresses import Address, listening_addresses
 from vllm_batch_dagster.cli.installation import find_shipped_file
 from vllm_batch_dagster.cli.processes import STACK_VARIABLE
-from vllm_batch_dagster.cli.readiness import accepts_connections, answers, daemons_beat
+from vllm_batch_dagster.cli.readiness import accepts_connections, answers, can_start_runs, daemons_beat
 from vllm_batch_dagster.settings import Settings
 
 DEFINITIONS = "vllm_batch_dagster.definitions"
@@ -20,13 +21,15 @@ CODE_SERVER_GRACE_SECONDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One process of the stack. `is_ready` gets the time of its start in unix seconds."""
+    """One process of the stack. `is_ready` gets the time of its start in unix seconds; `is_alive` says of a ready one
+    whether it still does its work."""
 
     name: str
     arguments: tuple[str, ...]
     colour: str
     after: tuple[str, ...]
     is_ready: Callable[[float], bool]
+    is_alive: Callable[[], bool] | None = None
 
 
 def stack_services(settings: Settings) -> tuple[Service, ...]:
@@ -39,13 +42,21 @@ def _code_server(address: Address) -> Service:
     # `dagster code-server` would add a second process, a socket in the temporary folder and the reload button,
     # and would go on when the graph does not load (docs/operations.md).
     arguments = ("-m", "dagster", "api", "grpc", "-m", DEFINITIONS, "-h", address.host, "-p", str(address.port))
-    return Service("code", arguments, "yellow", (), lambda _: accepts_connections(address.host, address.port))
+    return Service(
+        "code",
+        arguments,
+        "yellow",
+        (),
+        lambda _: accepts_connections(address.host, address.port),
+        lambda: can_start_runs(address.host, address.port),
+    )
 
 
 def _webserver(address: Address) -> Service:
     workspace = str(find_shipped_file("workspace.yaml"))
     arguments = ("-m", "dagster_webserver", "-h", address.host, "-p", str(address.port), "-w", workspace)
-    return Service("web", arguments, "magenta", ("code",), lambda _: answers(f"{address.url}/server_info"))
+    is_alive = partial(answers, f"{address.url}/server_info")
+    return Service("web", arguments, "magenta", ("code",), lambda _: is_alive(), is_alive)
 
 
 def _daemon(web: Address) -> Service:
@@ -55,7 +66,8 @@ def _daemon(web: Address) -> Service:
 
 
 def _api(address: Address) -> Service:
-    return Service("api", ("-m", "api_shim"), "green", (), lambda _: answers(f"{address.url}/health"))
+    is_alive = partial(answers, f"{address.url}/health")
+    return Service("api", ("-m", "api_shim"), "green", (), lambda _: is_alive(), is_alive)
 
 
 def command_line(service: Service) -> list[str]:

@@ -23,6 +23,7 @@ from vllm_batch_dagster.cli.processes import (
     stop_processes,
     wait_until,
 )
+from vllm_batch_dagster.cli.pulse import Check, Pulse
 from vllm_batch_dagster.cli.services import Service, command_line
 from vllm_batch_dagster.cli.signals import StopSignals
 from vllm_batch_dagster.cli.state_folder import ServiceRecord
@@ -30,6 +31,10 @@ from vllm_batch_dagster.cli.state_folder import ServiceRecord
 POLL_SECONDS = 0.1
 PROBE_PAUSE_SECONDS = 0.2
 READY_SECONDS = 180
+# Services that are up are asked this often, and killed when they have not answered for so long. Not sooner: while
+# batches keep the machine busy, one may just be slow.
+PULSE_SECONDS = 10.0
+SILENT_SECONDS = 120.0
 # Restarts of one service in a row. A service that has lived STEADY_SECONDS begins a new row.
 MOST_RESTARTS = 5
 STEADY_SECONDS = 60.0
@@ -77,6 +82,7 @@ class Supervisor:
         self._signals = signals
         self._on_change = on_change
         self._running: list[Running] = []
+        self._pulse = Pulse(self._checks, PULSE_SECONDS)
 
     @property
     def is_ready(self) -> bool:
@@ -87,9 +93,11 @@ class Supervisor:
 
     def run(self) -> str | None:
         """Start everything and keep it alive. Returns what went wrong for good, None when a signal ended it."""
+        self._pulse.start()
         while not self._signals.is_stopping:
             self._start_due()
             self._restart_due()
+            self._kill_silent()
             if failure := self._find_death() or self._find_delay():
                 return failure
             self._probe()
@@ -98,6 +106,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Stop in reverse order of start, each with its whole process group."""
+        self._pulse.stop()
         for running in reversed(self._running):
             if running.name == "code":
                 self._stop_runs(running)
@@ -146,6 +155,22 @@ class Supervisor:
                 if running.deaths:
                     self._log.add(running.name, "ready again")
                 self._on_change(self)
+
+    def _checks(self) -> list[Check]:
+        return [
+            (running.name, running.service.is_alive)
+            for running in list(self._running)
+            if running.is_ready and running.service.is_alive is not None
+        ]
+
+    def _kill_silent(self) -> None:
+        """End services that are up and do not answer: one more death."""
+        for running in self._running:
+            if running.is_ready and self._pulse.silent_seconds(running.name) >= SILENT_SECONDS:
+                self._log.add(running.name, f"this service has not answered for {SILENT_SECONDS:.0f} s and is killed")
+                running.process.kill()
+                running.process.wait()
+                self._pulse.forget(running.name)
 
     def _find_death(self) -> str | None:
         """Note who has died. Returns a sentence when it must not be started again."""
