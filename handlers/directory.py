@@ -28,7 +28,10 @@ class DirectoryHandler(ResultHandler):
     def handle(self, batch_id: str, results: Results, metadata: Mapping[str, str]) -> bool:
         folder = Path(self._folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # A name of its own: an attempt that was given up may still be writing when the next one begins.
+        # A name of its own, and those of earlier attempts are taken away: one may have been given up and still be
+        # writing, or its process was killed.
+        for stale in folder.glob(f".{batch_id}.*.partial"):
+            stale.unlink(missing_ok=True)
         partial = folder / f".{batch_id}.{secrets.token_hex(4)}.partial"
         try:
             with partial.open("xb") as copy:

@@ -74,7 +74,7 @@ class Clients:
         where = (target.base_url, target.api_key)
         parasail, oldest = python_of(PARASAIL), python_of(OLD_OPENAI)
         self.start("readme_parasail", parasail, program("readme_parasail"), target.base_url)
-        requests = (*where, target.model, "http://127.0.0.1:9/webhook")
+        requests = (*where, target.model, "https://your-app.invalid/webhook")
         self.start("readme_requests", parasail, program("readme_requests"), *requests)
         for kind in ("chat", "embeddings", "score", "rerank"):
             model = target.model if kind == "chat" else target.embedding_model
