@@ -18,7 +18,7 @@ def test_the_files_and_the_checks(graph: Graph) -> None:
     assert result.success
     merge = {("counts_conserved", None): True, ("custom_ids_once", None): True}
     delivered = {("handlers_delivered", batch_id): True, ("webhooks_delivered", batch_id): True}
-    assert checks(result) == merge | delivered
+    assert checks(result) == merge | delivered | {("tasks_pushed", batch_id): True}
     assert {asset for asset, _ in materialized(result)} == {"merged_output", "deliveries", "curated_export"}
     batch = graph.batch(batch_id)
     assert batch.status is BatchStatus.COMPLETED
