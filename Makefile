@@ -22,7 +22,7 @@ ifneq ($(ENGINE_VENV),)
 export ENGINE_PYTHON ?= $(abspath $(ENGINE_VENV))/bin/python
 endif
 
-.PHONY: help setup setup-label-studio demo curation-demo up test test-no-engine faults chaos lint types bench bench-api screenshots lock clean distclean
+.PHONY: help setup setup-label-studio demo curation-demo up test pytest test-no-engine faults chaos lint types bench bench-api screenshots lock clean distclean
 
 help:  ## list the targets
 	@echo "make <target>:"
@@ -52,7 +52,9 @@ lint: setup  ## ruff, its formatter, and the layers
 types: setup  ## mypy, strict
 	@echo "== mypy" && $(BIN)/mypy
 
-test: lint types setup-label-studio  ## lint, types and every test, the real engine included
+test: lint types pytest  ## lint, types and every test, the real engine included
+
+pytest: setup-label-studio  ## every test, or those that PYTEST_ARGS names
 	@echo "== pytest, $$($(BIN)/python -V)" && $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-no-engine: export ENGINE := none
