@@ -22,6 +22,7 @@ def pytest_configure() -> None:
     Dagster, when it runs in this process, gives SIGTERM the action of SIGINT, and every child inherits an ignored one.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and where nohup makes it ignored
 
 
 @pytest.fixture(scope="session")
