@@ -70,26 +70,31 @@ class EngineClient:
             trace_configs=[tracing],
             cookie_jar=aiohttp.DummyCookieJar(),
         )
+        # A question about the server's health must not meet an old socket, least of all when the pool is full of them.
+        self._fresh = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
+            headers=self._session.headers,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
 
     async def close(self) -> None:
         await self._session.close()
+        await self._fresh.close()
 
     async def exchange(self, request: EngineRequest) -> EngineAnswer:
         """Send one line and read its whole answer. Raises EngineUnavailable.
 
-        A request that met a pooled socket which the server had just closed is sent once more, at once, if the server
-        is well: it never reached the engine.
+        A request that met a pooled socket which the server had just closed is sent again, at once, if the server is
+        well: it never reached the engine. The next socket may be as old; a new one ends that.
         """
-        trace = SimpleNamespace(reused=False, answered=False)
-        try:
-            return await self._post(request, trace)
-        except _NO_ANSWER as error:
-            if not trace.reused or trace.answered or not await self.is_healthy():
-                raise self._unavailable(error) from error
-        try:
-            return await self._post(request, SimpleNamespace())
-        except _NO_ANSWER as error:
-            raise self._unavailable(error) from error
+        while True:
+            trace = SimpleNamespace(reused=False, answered=False)
+            try:
+                return await self._post(request, trace)
+            except _NO_ANSWER as error:
+                if not trace.reused or trace.answered or not await self.is_healthy():
+                    raise self._unavailable(error) from error
 
     async def _post(self, request: EngineRequest, trace: SimpleNamespace) -> EngineAnswer:
         clock = asyncio.get_running_loop().time
@@ -109,7 +114,7 @@ class EngineClient:
     async def is_healthy(self) -> bool:
         """Ask /health. A frozen engine still says yes; a dead engine core answers 503 (engine report 5.2)."""
         try:
-            async with self._session.get(self._url("/health"), timeout=self._probe) as response:
+            async with self._fresh.get(self._url("/health"), timeout=self._probe) as response:
                 return response.status == 200
         except _NO_ANSWER:
             return False
