@@ -3,12 +3,13 @@
 In: the engine's /metrics, polled from a thread. Out: samples, and what they say about chunk borders (pure).
 """
 
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+from bench.sampling import Sampler
 
 POLL_SECONDS = 0.05
 _RUNNING, _WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
@@ -97,33 +98,23 @@ def find_borders(busy: Sequence[Sample], starts: Sequence[float], around: float 
     return borders
 
 
-class GaugePoll:
-    """Polls from `with` on until its end."""
+class GaugePoll(Sampler):
+    """Polls the gauges from `with` on."""
 
     def __init__(self, engine_url: str, clock: Callable[[], float] = time.time) -> None:
         self.samples: list[Sample] = []
         self._url = f"{engine_url}/metrics"
         self._clock = clock
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="gauges")
+        super().__init__("gauges", POLL_SECONDS)
 
-    def __enter__(self) -> "GaugePoll":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _poll(self) -> None:
-        while not self._over.wait(POLL_SECONDS):
-            asked = self._clock()
-            try:
-                with _direct.open(self._url, timeout=5) as response:
-                    text = response.read().decode()
-            except OSError:
-                continue  # the engine is busy: a gap in the series, and the count of samples shows it
-            # The text is made at some moment between question and answer.
-            sample = read_gauges(text, (asked + self._clock()) / 2)
-            if sample is not None:
-                self.samples.append(sample)
+    def sample(self) -> None:
+        asked = self._clock()
+        try:
+            with _direct.open(self._url, timeout=5) as response:
+                text = response.read().decode()
+        except OSError:
+            return  # the engine is busy: a gap in the series, and the count of samples shows it
+        # The text is made at some moment between question and answer.
+        sample = read_gauges(text, (asked + self._clock()) / 2)
+        if sample is not None:
+            self.samples.append(sample)

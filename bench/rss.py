@@ -1,11 +1,12 @@
 """Peak resident memory: VmHWM of processes that stay, and of run workers while they live. Linux only."""
 
-import threading
 from pathlib import Path
+from typing import Self
 
 import psutil
 
 from bench.errors import BenchFailed
+from bench.sampling import Sampler
 from vllm_batch_dagster.cli.processes import run_workers
 
 _POLL_SECONDS = 0.1
@@ -24,25 +25,20 @@ def peak_of(pid: int) -> float:
     return read_peak(Path(f"/proc/{pid}/status").read_text())
 
 
-class WorkerPeaks:
+class WorkerPeaks(Sampler):
     """Notes the peak of every run worker of a code server from `with` on. Its last 0.1 s may be missed."""
 
     def __init__(self, code_server: int) -> None:
         self._code_server = code_server
         self._foreign: set[int] = set()
         self._peaks: dict[int, tuple[float, float]] = {}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="worker peaks")
+        self._known: dict[int, psutil.Process] = {}
+        super().__init__("worker peaks", _POLL_SECONDS)
 
-    def __enter__(self) -> "WorkerPeaks":
+    def __enter__(self) -> Self:
         # A worker of the batch before may still be on its way out.
         self._foreign = {worker.pid for worker in run_workers(self._code_server)}
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
+        return super().__enter__()
 
     def in_order(self, expected: int) -> list[float]:
         """Return the peaks in MB in the order in which the workers began. Raises BenchFailed for another number."""
@@ -50,14 +46,12 @@ class WorkerPeaks:
             raise BenchFailed(f"saw {len(self._peaks)} run workers instead of {expected}")
         return [peak for _began, peak in sorted(self._peaks.values())]
 
-    def _poll(self) -> None:
-        known: dict[int, psutil.Process] = {}
-        while not self._over.wait(_POLL_SECONDS):
-            for worker in run_workers(self._code_server):
-                if worker.pid not in self._foreign:
-                    known.setdefault(worker.pid, worker)
-            for pid, worker in list(known.items()):
-                try:
-                    self._peaks[pid] = (worker.create_time(), peak_of(pid))
-                except (OSError, ValueError, psutil.Error):
-                    del known[pid]  # it has ended; its last peak stays
+    def sample(self) -> None:
+        for worker in run_workers(self._code_server):
+            if worker.pid not in self._foreign:
+                self._known.setdefault(worker.pid, worker)
+        for pid, worker in list(self._known.items()):
+            try:
+                self._peaks[pid] = (worker.create_time(), peak_of(pid))
+            except (OSError, ValueError, psutil.Error):
+                del self._known[pid]  # it has ended; its last peak stays

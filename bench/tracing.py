@@ -1,11 +1,12 @@
 """Resident memory over time of the processes that a batch goes through, and when its first chunk was there."""
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import psutil
+
+from bench.sampling import Sampler
 
 _POLL_SECONDS = 0.2
 _MB = 1 << 20
@@ -29,7 +30,7 @@ class Trace:
         return max(0.0, after - before)
 
 
-class MemoryTraces:
+class MemoryTraces(Sampler):
     """Reads the memory of `pids` and of the newest process that `worker` finds, from `with` on. `has_begun` tells when
     the first chunk is there."""
 
@@ -40,26 +41,16 @@ class MemoryTraces:
         self.services = {name: Trace() for name in pids}
         self.workers: dict[float, Trace] = {}
         self.first_chunk = 0.0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="memory traces")
+        super().__init__("memory traces", _POLL_SECONDS)
 
-    def __enter__(self) -> "MemoryTraces":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _poll(self) -> None:
-        while not self._over.wait(_POLL_SECONDS):
-            now = time.time()
-            if not self.first_chunk and self._has_begun():
-                self.first_chunk = now
-            for name, pid in self._pids.items():
-                _note(self.services[name], pid, now)
-            if (worker := self._worker()) is not None:
-                self._note_worker(worker, now)
+    def sample(self) -> None:
+        now = time.time()
+        if not self.first_chunk and self._has_begun():
+            self.first_chunk = now
+        for name, pid in self._pids.items():
+            _note(self.services[name], pid, now)
+        if (worker := self._worker()) is not None:
+            self._note_worker(worker, now)
 
     def _note_worker(self, worker: psutil.Process, now: float) -> None:
         try:

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import msgspec
 import pytest
 from hypothesis import settings
 
+from tests.unit.small_services import Signals, Stack, supervising
 from vllm_batch_dagster.adapters.local_files import LocalFiles, LocalWorkspace
 from vllm_batch_dagster.adapters.memory import EchoEngine, Faults, FixedClock, MemoryCatalog, MemoryStore
+from vllm_batch_dagster.cli.group_log import GroupLog
 from vllm_batch_dagster.core.journal import JournalRecord, read_records
 from vllm_batch_dagster.core.models import Batch, File, Model, StopReason
 from vllm_batch_dagster.core.modes import ValidationMode
@@ -228,3 +230,22 @@ def id_range(*bounds: int) -> list[str]:
 @pytest.fixture
 def rig(tmp_path: Path) -> Rig:
     return Rig(tmp_path)
+
+
+@pytest.fixture
+def signals() -> Signals:
+    return Signals()
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[GroupLog]:
+    log = GroupLog(tmp_path / "logs", None, {})
+    yield log
+    log.close()
+
+
+@pytest.fixture
+def stack(tmp_path: Path, log: GroupLog, signals: Signals) -> Iterator[Stack]:
+    """A maker of supervisors over small services; whatever a test leaves behind is killed."""
+    with supervising(tmp_path, log, signals) as make:
+        yield make

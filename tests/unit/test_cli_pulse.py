@@ -3,16 +3,13 @@
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import pytest
 
-from tests.unit.small_services import SLEEP, Signals, Stack, run_until, service, supervising
+from tests.unit.small_services import SLEEP, Signals, Stack, run_until, service
 from vllm_batch_dagster.cli import readiness
 from vllm_batch_dagster.cli import supervisor as supervisor_module
-from vllm_batch_dagster.cli.group_log import GroupLog
 from vllm_batch_dagster.cli.pulse import Pulse
 from vllm_batch_dagster.cli.readiness import can_start_runs
 
@@ -50,20 +47,12 @@ def test_a_new_life_begins_without_silence() -> None:
 
 
 @pytest.fixture
-def signals() -> Signals:
-    return Signals()
-
-
-@pytest.fixture
-def stack(tmp_path: Path, signals: Signals, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module, "PULSE_SECONDS", 0.02)
     monkeypatch.setattr(supervisor_module, "SILENT_SECONDS", 0.2)
-    log = GroupLog(tmp_path / "logs", None, {})
-    with supervising(tmp_path, log, signals) as make:
-        yield make
-    log.close()
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_service_that_hangs_is_killed_and_started_again(stack: Stack, signals: Signals) -> None:
     hanging: list[int] = []
     supervisor = stack(service("web", SLEEP, alive=lambda: supervisor.records()[0].pid not in hanging))

@@ -2,36 +2,17 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.unit.small_services import SLEEP, Signals, Stack, run_until, service, supervising
+from tests.unit.small_services import SLEEP, Signals, Stack, run_until, service
 from vllm_batch_dagster.cli import supervisor as supervisor_module
 from vllm_batch_dagster.cli.group_log import GroupLog
 from vllm_batch_dagster.cli.processes import is_alive, stack_processes
 from vllm_batch_dagster.cli.services import Service
 from vllm_batch_dagster.cli.supervisor import pause_before
-
-
-@pytest.fixture
-def signals() -> Signals:
-    return Signals()
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Iterator[GroupLog]:
-    log = GroupLog(tmp_path / "logs", None, {})
-    yield log
-    log.close()
-
-
-@pytest.fixture
-def stack(tmp_path: Path, log: GroupLog, signals: Signals) -> Iterator[Stack]:
-    with supervising(tmp_path, log, signals) as make:
-        yield make
 
 
 def test_a_killed_service_is_started_again(stack: Stack, signals: Signals, log: GroupLog) -> None:

@@ -6,13 +6,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.unit.small_services import SLEEP, Signals, Stack, run_until, service, supervising
+from tests.unit.small_services import SLEEP, Signals, Stack, run_until, service
 from vllm_batch_dagster.cli import supervisor as supervisor_module
 from vllm_batch_dagster.cli.group_log import GroupLog
 from vllm_batch_dagster.cli.processes import is_alive, stack_processes, wait_until
@@ -33,24 +32,6 @@ WITH_CHILD = (
     "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(120)']); print('hello', flush=True);"
     "time.sleep(120)"
 )
-
-
-@pytest.fixture
-def signals() -> Signals:
-    return Signals()
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Iterator[GroupLog]:
-    log = GroupLog(tmp_path / "logs", None, {})
-    yield log
-    log.close()
-
-
-@pytest.fixture
-def stack(tmp_path: Path, log: GroupLog, signals: Signals) -> Iterator[Stack]:
-    with supervising(tmp_path, log, signals) as make:
-        yield make
 
 
 def test_services_start_when_those_before_them_are_ready(stack: Stack, signals: Signals) -> None:
