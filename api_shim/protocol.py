@@ -25,6 +25,7 @@ class BodyProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         if self.scheme == "http":  # beneath TLS the socket has no body to read
+            # uvicorn declares the scope as a TypedDict, to which no key of ours can be added.
             scope: dict[str, Any] = self.scope  # type: ignore[assignment]
             scope["extensions"] = {SOCKET_DOOR: SocketDoor(self)}
 
