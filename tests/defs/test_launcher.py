@@ -89,7 +89,8 @@ def test_a_dead_worker_fails_after_the_misses(
 ) -> None:
     run = record_run(instance, worker.pid)
     assert check(launcher, run) is WorkerStatus.RUNNING
-    worker.kill()  # a zombie until the fixture reaps it: not alive either
+    worker.kill()
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie until the fixture reaps it
     assert [check(launcher, run) for _ in range(2)] == [WorkerStatus.RUNNING, WorkerStatus.FAILED]
 
 
@@ -200,7 +201,7 @@ def answers(port: int) -> bool:
     return True
 
 
-def wait_for(is_true: Callable[[], bool], seconds: float = 90) -> None:
+def wait_for(is_true: Callable[[], bool], seconds: float = 140) -> None:
     end = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < end, "it did not happen in time"
