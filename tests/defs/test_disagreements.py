@@ -143,6 +143,33 @@ def test_the_store_ahead_of_a_chunk_that_the_disk_has_lost(graph: Graph) -> None
     assert sorted(graph.engine.lines()) == [3, 4, 5]
 
 
+def journal_file(graph: Graph, batch_id: str, chunk: int) -> Path:
+    return graph.services.workspace.journal_path(batch_id, chunk, 1)
+
+
+def test_the_result_ahead_of_a_journal_that_the_disk_has_lost(graph: Graph) -> None:
+    """The merge finds out, and lets go of the result that points into it."""
+    batch_id = graph.inferred()
+    journal_file(graph, batch_id, 1).unlink()
+    (merge,) = graph.step()
+    assert not merge.success
+    check_completed(graph, batch_id)
+    assert sorted(graph.engine.lines()) == [3, 4, 5]
+
+
+def test_the_result_ahead_of_a_damaged_journal(graph: Graph) -> None:
+    """One flipped bit costs one line."""
+    batch_id = graph.inferred()
+    journal = journal_file(graph, batch_id, 1)
+    content = bytearray(journal.read_bytes())
+    content[len(content) // 2] ^= 1
+    journal.write_bytes(content)
+    (merge,) = graph.step()
+    assert not merge.success
+    check_completed(graph, batch_id)
+    assert len(graph.engine.lines()) == 1
+
+
 def test_the_store_ahead_of_a_disk_without_the_whole_folder(graph: Graph) -> None:
     batch_id = graph.inferred()
     shutil.rmtree(graph.services.settings.batches_folder / batch_id)

@@ -5,10 +5,12 @@ and the store does not know needs nothing here: such a chunk counts as missing a
 Called by the sensor, the chunk run and the merge before they believe the store.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
-from vllm_batch_dagster.core.models import Attempt, Chunk
+from vllm_batch_dagster.core.errors import CorruptJournal
+from vllm_batch_dagster.core.models import Attempt, Batch, Chunk
 from vllm_batch_dagster.core.ports import BatchStore, Workspace
 
 
@@ -23,6 +25,22 @@ def without_lost_results(chunks: Sequence[Chunk], workspace: Workspace) -> list[
 
 def _has_lost_result(chunk: Chunk, workspace: Workspace) -> bool:
     return chunk.is_published and not workspace.result_path(chunk.batch_id, chunk.index, chunk.published_epoch).exists()
+
+
+@contextmanager
+def dropped_when_damaged(batch: Batch, chunk: Chunk, workspace: Workspace) -> Iterator[None]:
+    """Let go of the published result of `chunk` when a journal that it points into is damaged or gone, and raise on.
+
+    The chunk then counts as unpublished (`without_lost_results`), so the sensor has it run again, and only what no
+    journal answers is sent. A batch that has ended keeps its result: nobody runs its chunks again without being asked.
+    """
+    try:
+        yield
+    except CorruptJournal as error:
+        if batch.is_terminal:
+            raise
+        workspace.result_path(chunk.batch_id, chunk.index, chunk.published_epoch).unlink(missing_ok=True)
+        raise CorruptJournal(f"chunk {chunk.index} is run again by itself, because {error}") from error
 
 
 def take_epoch(store: BatchStore, workspace: Workspace, chunk: Chunk, *, fresh: bool, run_id: str, now: int) -> Attempt:

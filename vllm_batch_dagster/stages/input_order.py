@@ -20,6 +20,7 @@ from vllm_batch_dagster.core.models import Batch, Chunk
 from vllm_batch_dagster.core.ports import FileStore, Workspace
 from vllm_batch_dagster.core.rejections import Rejection, read_rejections
 from vllm_batch_dagster.core.results import SUCCEEDED, UNANSWERED, read_results
+from vllm_batch_dagster.stages.healing import dropped_when_damaged
 from vllm_batch_dagster.stages.journals import JournalReader
 
 _by_offset = itemgetter(0)
@@ -36,7 +37,10 @@ class PlacedLine(NamedTuple):
 def ordered_lines(
     batch: Batch, chunks: Sequence[Chunk], files: FileStore, workspace: Workspace
 ) -> Iterator[PlacedLine]:
-    """Yield every line of a batch whose chunks are all published, in the order of the input file."""
+    """Yield every line of a batch whose chunks are all published, in the order of the input file.
+
+    Raises CorruptJournal when an answer is damaged; the chunk of a batch that has not ended is then run again.
+    """
     if not chunks:
         return
     streams = [
@@ -48,7 +52,8 @@ def ordered_lines(
 
 def _group_lines(batch: Batch, chunks: Sequence[Chunk], files: FileStore, workspace: Workspace) -> Iterator[PlacedLine]:
     for chunk in chunks:
-        yield from chunk_lines(batch, chunk, files, workspace)
+        with dropped_when_damaged(batch, chunk, workspace):
+            yield from chunk_lines(batch, chunk, files, workspace)
 
 
 def chunk_lines(batch: Batch, chunk: Chunk, files: FileStore, workspace: Workspace) -> Iterator[PlacedLine]:
