@@ -185,7 +185,7 @@ def _result(name: str, title: str, row: Mapping[str, Any], window: int) -> Resul
         raw=[row],
         notes=(
             "A kill comes at a random instant while lines are sent, and the next one after lines have gone on.",
-            "Sent again are the lines in flight and, when a run dies, those whose answer waited for its fsync (at most "
-            "JOURNAL_COMMIT_SECONDS or JOURNAL_COMMIT_RECORDS of them).",
+            "Sent again are the lines in flight and those whose answer waited for its fsync: at most the window.",
+            "A line that is sent again counts at the first kill after it was sent last.",
         ),
     )

@@ -140,9 +140,9 @@ class World:
     def fill_disk(self) -> None:
         """Leave no byte on the file system of the state folder, which is a small one, until `mend`."""
         assert self.home.is_mount(), "the state folder must be a file system of its own"
-        with self.home.joinpath(FILLER).open("wb") as file, suppress(OSError):
+        with self.home.joinpath(FILLER).open("wb", buffering=0) as file, suppress(OSError):
             while True:
-                file.write(bytes(1 << 16))
+                file.write(bytes(1 << 16))  # at last a part of it, then ENOSPC
 
     def start_second_daemon(self) -> None:
         """Let two daemons tick until `mend`, as when somebody starts one by hand."""

@@ -14,6 +14,10 @@ def test_a_line_that_is_sent_three_times_counts_at_each_kill() -> None:
     assert count_redone(["a", "a", "a"], [1, 2]) == [1, 1]
 
 
+def test_what_two_kills_in_quick_succession_cost_is_not_put_on_the_second() -> None:
+    assert count_redone(["a", "b", "c", "a", "b", "c"], [2, 3]) == [2, 1]
+
+
 def test_a_kill_that_costs_nothing() -> None:
     assert count_redone(["a", "b"], [1]) == [0]
     assert count_redone(["a"], [1]) == [0]

@@ -103,15 +103,29 @@ def test_poison_is_isolated_and_nothing_else(given_batch: tuple[int, int, set[in
     assert driver.isolated == Counter(dict.fromkeys(poison, 1))
     assert driver.answered == Counter(dict.fromkeys(set(range(lines)) - poison, 1))
     assert driver.suspicion.is_calm
-    assert driver.deaths <= len(poison) * (math.ceil(math.log2(window)) + 4)
+    assert driver.deaths <= len(poison) * (math.ceil(math.log2(window)) + 5)
     assert driver.most_barren < MOST_BARREN
 
 
 @given(st.integers(1, 300), st.integers(1, 128), st.lists(st.integers(0, 300), max_size=20), st.randoms())
 def test_random_deaths_condemn_nobody(lines: int, window: int, deaths: list[int], chance: random.Random) -> None:
-    """However they fall, but for one line that would be alone in flight at two of them after two others."""
+    """However they fall, but for one line that would be alone in flight at three of them after two others."""
     driver = Driver(lines, window, set(), chance)
     driver.outside_deaths = sorted(set(deaths))
     driver.run()
     assert not driver.isolated
     assert driver.answered == Counter(dict.fromkeys(range(lines), 1))
+
+
+def test_a_line_is_convicted_at_its_third_death_alone() -> None:
+    """Two may have another cause; that five of them meet the same line is another matter."""
+    suspicion = Suspicion()
+    for _ in range(2):
+        suspicion.note_failure(7)
+    for alone in range(1, 4):
+        assert not suspicion.is_convicted(7)
+        assert suspicion.next_probe({7}) == {7}
+        suspicion.close_probe({7})
+        assert suspicion.deaths(7) == (2 + alone, alone)
+    assert suspicion.is_convicted(7)
+    assert suspicion.next_probe({7}) == frozenset()

@@ -117,7 +117,7 @@ async def test_the_error_line_says_what_was_seen(rig: Rig) -> None:
     rig.merge(batch_id)
     (row,) = rig.errors(batch_id)
     assert row["custom_id"] == "id-7"
-    assert "deaths of the engine, at 2 of them alone" in row["error"]["message"]
+    assert "deaths of the engine, at 3 of them alone" in row["error"]["message"]
     assert "Last death: the echo engine was told to die" in row["error"]["message"]
     chunk = rig.store.chunks.get(batch_id, 0)
     assert chunk.summary is not None

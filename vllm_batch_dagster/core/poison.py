@@ -2,7 +2,7 @@
 
     watched   every line may fly; a line that was in flight at a death has a strike, and an answer takes it away
     suspect   two strikes: the line flies only in a probe, which is a group of suspects with nothing else in flight
-    convicted alone in flight at two deaths: it is not sent again
+    convicted alone in flight at three deaths: it is not sent again
 
 One death with an outside cause costs nothing but the lines in flight: they are sent again among the others. A probe
 that dies is cut into halves; when the first half passes, the second one is to blame and is cut without a try. Both
@@ -19,10 +19,10 @@ from collections.abc import Collection, Iterable, Mapping
 import msgspec
 
 SUSPECT_STRIKES = 2
-LONE_DEATHS = 2
-MOST_BARREN = 14
-"""Deaths in a row without an answer. Three poison lines and nothing else make nine; in a window of others, twelve."""
-
+LONE_DEATHS = 3
+"""With two, a hundred kills in ten minutes from outside condemned two of 50,000 innocent lines."""
+MOST_BARREN = 18
+"""Deaths in a row without an answer. Three poison lines and nothing else make twelve; in a window of others, fifteen."""
 
 ENGINE_CRASHED = "engine_crashed"
 
@@ -159,7 +159,7 @@ class Suspicion:
         if len(fallen) > 1:
             self._groups.append(Group(fallen, is_guilty=True))
         elif not self.is_convicted(fallen[0]):
-            # A last try follows at once, so that what comes behind is tried on a mended engine or not at all.
+            # The next try follows at once, so that what comes behind is tried on a mended engine or not at all.
             self._groups.appendleft(Group(fallen, is_guilty=True))
 
     def _group_strangers(self, present: Collection[int]) -> None:
