@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from dagster._core.events import EngineEventData
 from dagster._core.launcher.base import WorkerStatus
 from dagster._core.storage.tags import GRPC_INFO_TAG
 from dagster._core.test_utils import create_run_for_test
+from dagster._grpc.server import CLEANUP_TICK
 
 from vllm_batch_dagster.defs.launcher import CheckedRunLauncher, is_running
 from vllm_batch_dagster.settings import PROJECT_ROOT
@@ -58,9 +60,9 @@ def worker() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def record_run(instance: DagsterInstance, pid: int, host: str = "127.0.0.1") -> DagsterRun:
-    """A started run whose code server does not answer, and whose worker says it is `pid`."""
-    address = json.dumps({"host": host, "port": closed_port()})
+def record_run(instance: DagsterInstance, pid: int, host: str = "127.0.0.1", port: int | None = None) -> DagsterRun:
+    """A started run whose worker says it is `pid`. Without `port` its code server does not answer."""
+    address = json.dumps({"host": host, "port": port or closed_port()})
     run: DagsterRun = create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags={GRPC_INFO_TAG: address})
     instance.report_engine_event(f"Started process for run (pid: {pid}).", run, EngineEventData.in_process(pid))
     return run
@@ -103,6 +105,24 @@ def test_a_sign_of_life_forgives_earlier_misses(
         server_is_back.setattr(launcher, "_server_claims", lambda _run: True)
         assert check(launcher, run) is WorkerStatus.RUNNING
     assert [check(launcher, run) for _ in range(2)] == [WorkerStatus.RUNNING, WorkerStatus.FAILED]
+
+
+def test_a_server_on_this_machine_cannot_claim_a_worker_that_is_gone(
+    launcher: CheckedRunLauncher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_server_claims", lambda _run: True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        run = record_run(instance, 0, port=server.getsockname()[1])
+        assert [check(launcher, run) for _ in range(2)] == [WorkerStatus.RUNNING, WorkerStatus.FAILED]
+
+
+def test_a_server_in_another_container_can(
+    launcher: CheckedRunLauncher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shares our network and not our processes: nobody whom we see listens on its port."""
+    monkeypatch.setattr(launcher, "_server_claims", lambda _run: True)
+    run = record_run(instance, 0)
+    assert [check(launcher, run) for _ in range(3)] == [WorkerStatus.RUNNING] * 3
 
 
 def test_a_pid_of_another_machine_says_nothing(launcher: CheckedRunLauncher, instance: DagsterInstance) -> None:
@@ -180,6 +200,18 @@ class Machine:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
+    @contextmanager
+    def without_storage(self) -> Iterator[None]:
+        """Let nobody open a database of Dagster."""
+        history = Path(self.env["DAGSTER_HOME"]) / "history"
+        away = history.rename(history.with_name("away"))
+        history.touch()
+        try:
+            yield
+        finally:
+            history.unlink()
+            away.rename(history)
+
     def stop(self) -> None:
         for process in self.processes:
             if process.poll() is None:
@@ -237,6 +269,29 @@ def worker_pid(instance: DagsterInstance) -> int:
     started = launcher.worker_start(instance.get_runs()[0])
     assert started is not None
     return started[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_is_retried_whose_code_server_no_longer_looks_after_it(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage fails for a moment, as on a full disk: the thread that would notice the dead worker ends."""
+    monkeypatch.setenv("DAGSTER_HOME", machine.env["DAGSTER_HOME"])
+    with DagsterInstance.get() as instance:
+        assert instance.get_run_ids() == []
+        assert instance.all_instigator_state() == []
+        machine.start_code_server()
+        machine.start_daemon()
+        machine.start("dagster", "job", "launch", "-w", str(PROJECT_ROOT / "workspace.yaml"), "-j", "endless_job")
+        wait_for(lambda: statuses(instance) == ["STARTED"])
+
+        worker = worker_pid(instance)
+        with machine.without_storage():
+            os.kill(worker, signal.SIGKILL)
+            time.sleep(6 * CLEANUP_TICK)
+
+        wait_for(lambda: statuses(instance) == ["FAILURE", "STARTED"])
 
 
 def statuses(instance: DagsterInstance) -> list[str]:

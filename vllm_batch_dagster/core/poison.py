@@ -22,7 +22,7 @@ SUSPECT_STRIKES = 2
 LONE_DEATHS = 3
 """With two, a hundred kills in ten minutes from outside condemned two of 50,000 innocent lines."""
 MOST_BARREN = 18
-"""Deaths in a row without an answer. Three poison lines and nothing else make twelve; in a window of others, fifteen."""
+"""Deaths in a row without an answer. Three poison lines alone make twelve; in a window of others, fifteen."""
 
 ENGINE_CRASHED = "engine_crashed"
 

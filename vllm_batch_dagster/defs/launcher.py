@@ -56,7 +56,7 @@ class CheckedRunLauncher(DefaultRunLauncher):
         The server is asked only for a worker whose process is not seen here: it answers behind a lock that it shares
         with the worker, and every launch waits there too while that lock is not had.
         """
-        if self._worker_lives(run) or self._server_claims(run):
+        if self._worker_lives(run) or (self._server_claims(run) and not self._is_stale_claim(run)):
             self._misses.pop(run.run_id, None)
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         seen = self._misses[run.run_id] = self._misses.get(run.run_id, 0) + 1
@@ -78,6 +78,17 @@ class CheckedRunLauncher(DefaultRunLauncher):
         except DagsterUserCodeUnreachableError:
             return False
         return deserialize_value(reply, CanCancelExecutionResult).can_cancel
+
+    def _is_stale_claim(self, run: DagsterRun) -> bool:
+        """True when server and worker belong to this machine: then a process that is not seen is gone.
+
+        The thread of the server that looks after its workers ends with the first error it meets, a full disk say, and
+        then the server claims every worker for ever (dagster 1.13, `_check_for_orphaned_runs`).
+        """
+        address = _server_address(run)
+        if address is None or address["host"] not in LOOPBACK or self.worker_start(run) is None:
+            return False
+        return listens_here(address["port"])
 
     def _worker_lives(self, run: DagsterRun) -> bool:
         """True when the run's process exists on this machine. A pid of another machine says nothing here."""
@@ -119,3 +130,13 @@ def is_running(pid: int, started_before: float) -> bool:
         return bool(process.create_time() <= started_before + CLOCK_SLACK_SECONDS)
     except psutil.NoSuchProcess:
         return False
+
+
+def listens_here(port: int) -> bool:
+    """True when a process that we can see listens on `port`: so it is not in another container. Where we may not look
+    (macOS, another user), False."""
+    try:
+        sockets = psutil.net_connections("tcp")
+    except psutil.AccessDenied:
+        return False
+    return any(each.laddr[1:] == (port,) and each.pid for each in sockets if each.status == psutil.CONN_LISTEN)
