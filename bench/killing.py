@@ -1,9 +1,9 @@
 """Which process of a stack a kill hits, and what the kills cost by the engine's witness log. Used by `kills`."""
 
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
 import psutil
 
@@ -57,16 +57,22 @@ VICTIMS: Mapping[str, Callable[[Stack], int | None]] = {
 
 
 def count_redone(asked: Sequence[str], kills: Sequence[int]) -> list[int]:
-    """Return for each kill how many lines were sent again because of it. `asked` are the lines in the order in which
-    they reached the engine, `kills` how many had done so at each kill.
-
-    A line that comes again is counted at the first kill after it came last: that one met it in flight. When it comes
-    says nothing: two kills in quick succession are both paid for after the second.
-    """
-    redone = [0] * len(kills)
-    last: dict[str, int] = {}
-    for place, line in enumerate(asked):
-        if line in last and (kill := bisect_right(kills, last[line])) < len(kills):
-            redone[kill] += 1
-        last[line] = place
+    """Return how many lines were sent again between each kill and the next. `asked` are the lines in the order in which
+    they reached the engine, `kills` how many had done so at each kill."""
+    seen: set[str] = set(asked[: kills[0]]) if kills else set()
+    redone = []
+    for begin, end in pairwise([*kills, len(asked)]):
+        again = 0
+        for line in asked[begin:end]:
+            again += line in seen
+            seen.add(line)
+        redone.append(again)
     return redone
+
+
+def most_per_kill(redone: Sequence[int]) -> float:
+    """Return the most lines that a kill cost. One that comes before the lines of the last one were sent again pays for
+    both, so two in a row are looked at together, and halved."""
+    if len(redone) < 2:
+        return float(max(redone, default=0))
+    return max(first + second for first, second in pairwise(redone)) / 2
