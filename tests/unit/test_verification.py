@@ -206,6 +206,19 @@ async def test_gaps_refusals_and_two_models_are_verified_too(rig: Rig) -> None:
     assert verify(rig, batch_id).has(Kind.ERRORS)
 
 
+async def test_a_chunk_that_was_given_up_when_all_its_answers_were_there_is_whole(rig: Rig) -> None:
+    """Cancelled, say, between the last answer and its publication: there is no gap that a reason could be for."""
+    batch_id = rig.start(12, chunk_size=6)
+    await rig.infer(batch_id, EchoEngine())
+    attempt = rig.begin(batch_id, 1)
+    attempt.close()
+    summary = attempt.publish(reason="batch_cancelled")
+    assert (summary.counts.completed, summary.error_codes) == (6, {})
+    rig.merge(batch_id)
+    report = verify(rig, batch_id)
+    assert (report.problems, report.notes) == ([], [])
+
+
 async def test_a_chunk_that_was_run_again_is_verified_as_it_was_merged(rig: Rig) -> None:
     batch_id = await merged(rig)
     await rig.infer(batch_id, WatchedEngine(), only=[1], fresh=[1])

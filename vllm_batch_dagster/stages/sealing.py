@@ -129,7 +129,7 @@ def seal_chunk(
         # Read back intact when the attempt began, or written by it: the disk has lost it since.
         raise CorruptJournal(f"{unanswered} answers of chunk {chunk.index} are damaged on disk; run the chunk again")
     with publish(workspace.result_path(chunk.batch_id, chunk.index, attempt.epoch)) as index:
-        index.write(table.pack(reason))
+        index.write(table.pack(reason if unanswered else ""))
     return ChunkSummary(
         counts=RequestCounts(chunk.range.line_count, summing.completed, summing.failed + unanswered),
         usage=summing.usage,
