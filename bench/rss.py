@@ -1,5 +1,8 @@
 """Peak resident memory: VmHWM of processes that stay, and of run workers while they live. Linux only."""
 
+import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +26,17 @@ def read_peak(status: str) -> float:
 def peak_of(pid: int) -> float:
     """Return the peak of a living process in MB."""
     return read_peak(Path(f"/proc/{pid}/status").read_text())
+
+
+def watch_peak(process: "subprocess.Popen[bytes]") -> float:
+    """Wait for the end of a process and return its peak in MB; its last 0.1 s may be missed. The `ru_maxrss` of a child
+    would not do: it begins with what its parent held."""
+    peak = 0.0
+    while process.poll() is None:
+        with suppress(OSError, ValueError):
+            peak = max(peak, peak_of(process.pid))
+        time.sleep(_POLL_SECONDS)
+    return peak
 
 
 class WorkerPeaks(Sampler):

@@ -4,7 +4,6 @@ Not part of a plain `make bench`: it takes about ten minutes.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from bench.dataset import write_chat_file
 from bench.errors import BenchFailed
 from bench.figures import Figure, Result, Target, collect
 from bench.plan import Plan
-from bench.rss import WorkerPeaks, peak_of
+from bench.rss import WorkerPeaks, peak_of, watch_peak
 from bench.stack import Stack, running_stack
 from bench.terminal import say
 from bench.tracing import MemoryTraces
@@ -96,12 +95,11 @@ def verify(stack: Stack, batch_id: str) -> dict[str, float]:
             env=stack.env,
             stdout=output,
         )
-        _pid, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        peak = watch_peak(process)
     report = json.loads((stack.folder / "verify.json").read_text())
     if process.returncode or not report["ok"]:
         raise BenchFailed(f"verify found a problem: {report['problems'][:3]}")
-    return {"verify_s": time.monotonic() - began, "verify": usage.ru_maxrss / 1024}
+    return {"verify_s": time.monotonic() - began, "verify": peak}
 
 
 def _result(row: Mapping[str, Any], setup: Mapping[str, Any]) -> Result:

@@ -1,6 +1,8 @@
 """What the measuring program sends and compares: input files, engine arguments, latency parts, choice of scenarios."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from bench.baseline import BenchFailed, baseline_environment, check_same_engine,
 from bench.dagster_runs import Run
 from bench.dataset import read_bodies, write_chat_file, write_padded_file, write_prompt, write_sized_file
 from bench.polling import percentile
-from bench.rss import read_peak
+from bench.rss import read_peak, watch_peak
 from bench.scenarios import ONLY_BY_NAME, SCENARIOS
 from bench.scenarios.latency import PARTS, split_parts
 from bench.scenarios.orchestration import per_chunk
@@ -106,6 +108,13 @@ def test_peak_memory_is_read_in_megabytes() -> None:
 def test_a_process_that_has_ended_has_no_peak() -> None:
     with pytest.raises(ValueError, match="no VmHWM"):
         read_peak("Name:\tpython\nState:\tZ (zombie)\n")
+
+
+def test_the_peak_of_a_child_is_its_own() -> None:
+    """Not that of this process, which the kernel counts as the child's too until it is another program."""
+    held = bytes(range(256)) * (1 << 20)
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(0.5)"])
+    assert 1 < watch_peak(child) < len(held) / 2**20
 
 
 def test_two_names_of_one_measurement_run_it_once() -> None:
