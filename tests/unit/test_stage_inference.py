@@ -11,7 +11,7 @@ from tests.unit.conftest import CHAT, FAST, Rig, WatchedEngine, answer_of, id_ra
 from vllm_batch_dagster.adapters.memory import EchoEngine
 from vllm_batch_dagster.adapters.simulated.answers import FINGERPRINT
 from vllm_batch_dagster.core.lines import read_line
-from vllm_batch_dagster.core.models import Attempt, Model, RequestCounts
+from vllm_batch_dagster.core.models import Attempt, ChunkSummary, Model, RequestCounts
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineRequest
 from vllm_batch_dagster.core.states import BatchStatus
 from vllm_batch_dagster.stages import attempts
@@ -49,6 +49,27 @@ async def test_every_line_comes_out_once_and_in_order(rig: Rig) -> None:
     assert ids(rig.output(batch_id)) == id_range(17)
     assert rig.errors(batch_id) == []
     assert rig.batch(batch_id).counts == RequestCounts(17, 17, 0)
+
+
+async def test_lines_go_on_while_a_chunk_is_published(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than the window holds: their answers become durable beside it."""
+    batch_id = rig.start(30, chunk_size=10)
+    engine = WatchedEngine(window=4)
+    publish, went_on = attempts.ChunkAttempt.publish, list[bool]()
+
+    def publish_slowly(attempt: attempts.ChunkAttempt, reason: str = "") -> ChunkSummary:
+        if attempt.index == 0:
+            went_on.append(all_sent.wait(10))
+        return publish(attempt, reason)
+
+    all_sent = threading.Event()
+    watch = asyncio.create_task(until(lambda: len(engine.requests) == 30))
+    watch.add_done_callback(lambda _task: all_sent.set())
+    monkeypatch.setattr(attempts.ChunkAttempt, "publish", publish_slowly)
+    done: list[ChunkDone] = []
+    assert await rig.infer(batch_id, engine, done=done) is None
+    assert went_on == [True]
+    assert [chunk.index for chunk in done] == [0, 1, 2]
 
 
 async def test_bodies_and_answers_are_not_remade(rig: Rig) -> None:

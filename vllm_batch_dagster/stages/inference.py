@@ -54,6 +54,7 @@ class RangeInference:
         self._flight = Flight(1)
         self._turn = asyncio.Lock()
         self._commit_now = asyncio.Event()
+        self._whole: asyncio.Queue[ChunkAttempt] = asyncio.Queue()
         self._all_published = asyncio.Event()
         self._gate = RunGate(ports.pause_board, batch, chunks, model, policy.pauses, report)
         self._has_lease = False
@@ -104,22 +105,26 @@ class RangeInference:
         self._quarantine, window = quarantine, max(1, lease.window)
         self._flight = Flight(window)
         quarantine.begin(window)
-        committer = group.create_task(self._commit_forever())
+        keepers = [group.create_task(self._commit_forever()), group.create_task(self._publish_forever())]
         workers = [group.create_task(self._work(lease, quarantine)) for _ in range(window)]
         await asyncio.gather(*workers)
         if self._gate.is_over:
-            await self._end_early(committer)
+            await self._end_early(keepers)
         quarantine.conclude()
         self._commit_now.set()
         await self._all_published.wait()
-        committer.cancel()
+        for keeper in keepers:
+            keeper.cancel()
 
-    async def _end_early(self, committer: asyncio.Task[None]) -> None:
+    async def _end_early(self, keepers: Sequence[asyncio.Task[None]]) -> None:
         """Make the last answers durable. Raises RunPaused unless they were the last of all."""
-        committer.cancel()
-        await asyncio.wait([committer])
+        for keeper in keepers:
+            keeper.cancel()
+        await asyncio.wait(keepers)
         for attempt in self._range.attempts_at_work():
             await self._commit(attempt)
+            if attempt.is_durable:
+                await self._publish(attempt)
         if not self._range.is_published:
             raise RunPaused
 
@@ -176,7 +181,8 @@ class RangeInference:
         return None
 
     async def _commit_forever(self) -> None:
-        """Make answers durable at most `commit_seconds` late, and publish chunks whose last answer is durable."""
+        """Make answers durable at most `commit_seconds` late, and hand over the chunks whose last answer is durable."""
+        handed_over: set[int] = set()
         while True:
             try:
                 async with asyncio.timeout(self._policy.commit_seconds):
@@ -185,16 +191,28 @@ class RangeInference:
                 pass
             self._commit_now.clear()
             for attempt in self._range.attempts_at_work():
+                if attempt.index in handed_over:
+                    continue
                 await self._commit(attempt)
+                if attempt.is_durable:
+                    handed_over.add(attempt.index)
+                    self._whole.put_nowait(attempt)
+
+    async def _publish_forever(self) -> None:
+        """Publish chunks one after the other, beside the commits: reading a large chunk back takes a while, and the
+        lines of the next one wait for places in the window that only a commit gives back."""
+        while True:
+            await self._publish(await self._whole.get())
+
+    async def _publish(self, attempt: ChunkAttempt) -> None:
+        self._range.mark_done(attempt, await finish_on_thread(attempt.publish))
+        if self._range.is_published:
+            self._all_published.set()
 
     async def _commit(self, attempt: ChunkAttempt) -> None:
         landed = self._flight.landed(attempt.index)
         await finish_on_thread(attempt.commit, attempt.take_commit())
         self._flight.release(landed)
-        if attempt.is_durable:
-            self._range.mark_done(attempt, await finish_on_thread(attempt.publish))
-            if self._range.is_published:
-                self._all_published.set()
 
     async def _watch_batch(self) -> None:
         """Mirror the progress into the store, and stop the run when the batch is cancelled or expires."""
