@@ -1,6 +1,6 @@
 """`million`: a batch of a million lines through the simulated engine: memory of every process, and of `verify` too.
 
-Not part of a plain `make bench`: it takes about ten minutes.
+Not part of a plain `make bench`: it takes about a quarter of an hour.
 """
 
 import json

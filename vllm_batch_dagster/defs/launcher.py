@@ -56,7 +56,7 @@ class CheckedRunLauncher(DefaultRunLauncher):
         The server is asked only for a worker whose process is not seen here: it answers behind a lock that it shares
         with the worker, and every launch waits there too while that lock is not had.
         """
-        if self._worker_lives(run) or (self._server_claims(run) and not self._is_stale_claim(run)):
+        if self._is_vouched_for(run):
             self._misses.pop(run.run_id, None)
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         seen = self._misses[run.run_id] = self._misses.get(run.run_id, 0) + 1
@@ -66,6 +66,21 @@ class CheckedRunLauncher(DefaultRunLauncher):
         return CheckRunHealthResult(
             WorkerStatus.FAILED, "its code server does not know the run and its process is gone"
         )
+
+    def _is_vouched_for(self, run: DagsterRun) -> bool:
+        """True when its process is seen, or the server's word counts. A pid of another machine says nothing here.
+
+        Where server and worker belong to this machine, a process that is not seen is gone, whatever is said: the
+        server's look after its workers ends with the first error it meets, a full disk say, and then it claims every
+        worker for ever (dagster 1.13, `_check_for_orphaned_runs`).
+        """
+        address = _server_address(run)
+        if address is None:
+            return False
+        worker = self.worker_start(run) if address["host"] in LOOPBACK else None
+        if worker is None:
+            return self._server_claims(run)
+        return is_running(*worker) or (self._server_claims(run) and not listens_here(address["port"]))
 
     def _server_claims(self, run: DagsterRun) -> bool:
         """Ask the code server that launched the run whether it could cancel it: only then does it hold it."""
@@ -78,25 +93,6 @@ class CheckedRunLauncher(DefaultRunLauncher):
         except DagsterUserCodeUnreachableError:
             return False
         return deserialize_value(reply, CanCancelExecutionResult).can_cancel
-
-    def _is_stale_claim(self, run: DagsterRun) -> bool:
-        """True when server and worker belong to this machine: then a process that is not seen is gone.
-
-        The thread of the server that looks after its workers ends with the first error it meets, a full disk say, and
-        then the server claims every worker for ever (dagster 1.13, `_check_for_orphaned_runs`).
-        """
-        address = _server_address(run)
-        if address is None or address["host"] not in LOOPBACK or self.worker_start(run) is None:
-            return False
-        return listens_here(address["port"])
-
-    def _worker_lives(self, run: DagsterRun) -> bool:
-        """True when the run's process exists on this machine. A pid of another machine says nothing here."""
-        address = _server_address(run)
-        if address is None or address["host"] not in LOOPBACK:
-            return False
-        started = self.worker_start(run)
-        return started is not None and is_running(*started)
 
     def worker_start(self, run: DagsterRun) -> tuple[int, float] | None:
         """The pid that the worker wrote into the run's log, and when (unix seconds)."""
