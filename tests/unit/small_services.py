@@ -57,3 +57,8 @@ def run_until(supervisor: Supervisor, signals: Signals, is_done: Callable[[], bo
     failure = supervisor.run()
     thread.join()
     return failure
+
+
+def nothing_runs(folder: Path) -> bool:
+    """True once no process of the stack is left. Python's resource trackers end by themselves, a moment after."""
+    return wait_until(lambda: not stack_processes(folder), 10)

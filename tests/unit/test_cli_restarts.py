@@ -7,10 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.unit.small_services import SLEEP, Signals, Stack, run_until, service
+from tests.unit.small_services import SLEEP, Signals, Stack, nothing_runs, run_until, service
 from vllm_batch_dagster.cli import supervisor as supervisor_module
 from vllm_batch_dagster.cli.group_log import GroupLog
-from vllm_batch_dagster.cli.processes import is_alive, stack_processes
+from vllm_batch_dagster.cli.processes import is_alive
 from vllm_batch_dagster.cli.services import Service
 from vllm_batch_dagster.cli.supervisor import pause_before
 
@@ -129,4 +129,4 @@ def test_runs_of_a_dead_code_server_go_on_and_are_ended_at_the_stop(
     assert is_alive(workers[0]), "the run goes on without its code server"
     supervisor.stop()
     assert not is_alive(workers[0])
-    assert stack_processes(tmp_path) == []
+    assert nothing_runs(tmp_path)

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.unit.small_services import SLEEP, Signals, Stack, run_until, service
+from tests.unit.small_services import SLEEP, Signals, Stack, nothing_runs, run_until, service
 from vllm_batch_dagster.cli import supervisor as supervisor_module
 from vllm_batch_dagster.cli.group_log import GroupLog
-from vllm_batch_dagster.cli.processes import is_alive, stack_processes, wait_until
+from vllm_batch_dagster.cli.processes import is_alive, wait_until
 from vllm_batch_dagster.cli.services import Service
 from vllm_batch_dagster.cli.signals import StopSignals
 from vllm_batch_dagster.cli.supervisor import Supervisor, describe_exit
@@ -102,8 +102,7 @@ def test_nothing_is_left_after_a_stop(stack: Stack, signals: Signals, tmp_path: 
     supervisor = stack(service("api", code), service("web", code))
     run_until(supervisor, signals, lambda: _said_hello(supervisor, "api") and _said_hello(supervisor, "web"))
     supervisor.stop()
-    wait_until(lambda: not stack_processes(tmp_path), 5)
-    assert stack_processes(tmp_path) == []
+    assert nothing_runs(tmp_path)
 
 
 def test_a_stubborn_service_is_killed(
@@ -113,7 +112,7 @@ def test_a_stubborn_service_is_killed(
     supervisor = stack(service("api", STUBBORN))
     run_until(supervisor, signals, lambda: _said_hello(supervisor, "api"))
     supervisor.stop()
-    assert stack_processes(tmp_path) == []
+    assert nothing_runs(tmp_path)
 
 
 def test_a_second_signal_does_not_wait(stack: Stack, signals: Signals, tmp_path: Path) -> None:
@@ -123,7 +122,7 @@ def test_a_second_signal_does_not_wait(stack: Stack, signals: Signals, tmp_path:
     began = time.monotonic()
     supervisor.stop()
     assert time.monotonic() - began < supervisor_module.SERVICE_GRACE_SECONDS
-    assert stack_processes(tmp_path) == []
+    assert nothing_runs(tmp_path)
 
 
 def test_runs_are_ended_before_the_code_server_that_waits_for_them(
@@ -146,7 +145,7 @@ def test_runs_are_ended_before_the_code_server_that_waits_for_them(
     supervisor = stack(Service("code", (str(script),), "green", (), lambda _: True))
     run_until(supervisor, signals, lambda: _said_hello(supervisor, "code"))
     supervisor.stop()
-    assert stack_processes(tmp_path) == []
+    assert nothing_runs(tmp_path)
     wait_until(lambda: len(supervisor._log.recent("code")) > 1, 5)
     assert f"worker ended with {-signal.SIGTERM}" in supervisor._log.recent("code")
 
