@@ -72,6 +72,9 @@ class Bench:
     def core(self) -> psutil.Process:
         return next(each for each in self.processes() if "EngineCore" in "".join(each.cmdline()) + each.name())
 
+    def sockets(self) -> set[str]:
+        return {path.name for path in (self.folder / "sockets").iterdir()}
+
     def has_said(self, words: str) -> int:
         return sum(words in sentence for sentence in self.said)
 
@@ -141,11 +144,13 @@ async def test_a_frozen_core_is_found_by_its_counters(bench: Bench) -> None:
     async with bench.lease() as lease:
         sends = asyncio.create_task(answers_of(lease, 16, 400))
         await asyncio.sleep(2)
-        frozen = bench.core()
+        frozen, sockets = bench.core(), bench.sockets()
         frozen.suspend()
         lost = [answer for answer in await sends if not isinstance(answer, EngineAnswer)]
         assert all("no token" in str(error) for error in lost)
         await assert_heals(bench, lease, lost)
+        assert sockets
+        assert bench.sockets().isdisjoint(sockets), "a killed engine cannot remove its own"
     assert not frozen.is_running()
     assert bench.has_said("without becoming ready") == 1, "the rung was remembered"
 

@@ -75,9 +75,11 @@ def bystander() -> Iterator[int]:
 def test_a_living_engine_is_known_and_ended_whole(folder: EngineFolder, record: EngineRecord) -> None:
     assert record.is_alive
     assert len(record.members) == 2
+    (folder.sockets / "b17b6433").touch()
     assert folder.end_engine(0.0) == "tiny"
     assert members_of(record.pid) == []
     assert folder.read() is None
+    assert list(folder.sockets.iterdir()) == []
 
 
 @pytest.mark.parametrize("has_record", [True, False])

@@ -7,6 +7,7 @@ engine.lock   shared: somebody uses the engine; exclusive: nobody does, and it m
 engine.log    output of the engine, appended
 rungs.json    the rung of the memory ladder that worked, per model and device
 last_used     its modification time is when the engine was last used
+sockets       what the engine's processes talk through; a killed one leaves them behind
 """
 
 import os
@@ -101,6 +102,10 @@ class EngineFolder:
         return self.root / "rungs.json"
 
     @property
+    def sockets(self) -> Path:
+        return self.root / "sockets"
+
+    @property
     def _record(self) -> Path:
         return self.root / "engine.json"
 
@@ -112,6 +117,7 @@ class EngineFolder:
         """Make the folder if it is missing. Raises StorageFailure."""
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.sockets.mkdir(exist_ok=True)
         except OSError as error:
             raise StorageFailure(f"cannot make the engine's folder {self.root}: {error}") from error
 
@@ -162,6 +168,8 @@ class EngineFolder:
         was_alive = record is not None and record.is_alive
         for group in self.living_groups():
             stop_group(group, grace)
+        for socket in self.sockets.glob("*"):
+            socket.unlink(missing_ok=True)
         self.forget()
         return record.model if record is not None and was_alive else None
 

@@ -145,8 +145,11 @@ class Starter:
 
     def _spawn(self, record: EngineRecord, launch: Launch, rung: Rung) -> EngineRecord:
         program = record.command[0]
+        # vLLM would leave the sockets of a killed engine in the temporary folder (VLLM_RPC_BASE_PATH, vllm/envs.py). A
+        # name within the engine's working folder: the whole path may be longer than the 107 bytes of a socket's.
+        env = {**launch.env_at(rung), "VLLM_RPC_BASE_PATH": self.folder.sockets.name}
         try:
-            pid = spawn(record.command, self.folder.root, launch.env_at(rung), self.folder.log)
+            pid = spawn(record.command, self.folder.root, env, self.folder.log)
         except OSError as error:
             raise EngineStartFailed(
                 f"cannot run {program!r}: {error}. Run `make setup`, or set ENGINE_PYTHON to the Python that has vLLM.",
