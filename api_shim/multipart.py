@@ -47,7 +47,8 @@ class UploadForm:
         self._disposition = b""
         self._ended = False
         self._is_in_contents = self._is_plain = False
-        self._delimiter_bytes = len(boundary) + 4
+        self._delimiter_bytes = len(boundary) + 6  # with the two bytes behind it, which end the part or the body
+        self._tail = b""  # the last bytes that the parser got: blocks may be shorter than a delimiter
         self._parser = self._make_parser(boundary)
 
     @property
@@ -68,7 +69,8 @@ class UploadForm:
         except FormParserError as failure:
             raise InvalidInput(f"The multipart body of your request is broken: {failure}.") from failure
         # Plain from here: contents, and the parser holds nothing back that may be the head of a delimiter.
-        self._is_plain = self._is_in_contents and b"\r" not in data[-self._delimiter_bytes :]
+        self._tail = (self._tail + data[-self._delimiter_bytes :])[-self._delimiter_bytes :]
+        self._is_plain = self._is_in_contents and b"\r" not in self._tail
 
     def close(self) -> None:
         """Raises InvalidInput when the body stopped before its closing boundary."""

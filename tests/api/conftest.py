@@ -2,6 +2,7 @@
 
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from vllm_batch_dagster.core.ports import BatchStore, FileStore
 from vllm_batch_dagster.core.states import BatchEvent
 from vllm_batch_dagster.settings import Settings
 
+# Long ones: on a machine that others use too, a process may get no time for a while.
+PATIENCE_SECONDS = 60
+TEST_SECONDS = 240
+
 MODEL = Model(name="tiny", path="models/tiny", aliases=("tiny-latest",))
 
 BATCH_PARAMS: dict[str, Any] = {
@@ -41,6 +46,21 @@ EVENTS_TO = {
     "cancelling": (BatchEvent.PLANNED, BatchEvent.CANCEL),
     "cancelled": (BatchEvent.PLANNED, BatchEvent.CANCEL, BatchEvent.STOPPED),
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Many of these tests wait for a server, a command or a client."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Poll until true."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
 
 
 @pytest.fixture

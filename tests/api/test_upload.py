@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from api_shim.multipart import MAX_FIELD_BYTES, MAX_FIELDS, UploadForm
+from tests.api.conftest import PATIENCE_SECONDS
 from vllm_batch_dagster.core.errors import InvalidInput, StorageFailure
 from vllm_batch_dagster.core.ports import StoredFile
 
@@ -51,6 +52,23 @@ def test_any_cut_of_any_content_arrives_unchanged(content: bytes, cuts: list[int
     assert sink.data == content
     assert form.fields == {"purpose": "batch"}
     assert form.filename == "f"
+
+
+@pytest.mark.parametrize("file_first", [True, False])
+@pytest.mark.parametrize("ending", [b"", b"\r\n"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_blocks_that_are_shorter_than_a_delimiter_hide_none(size: int, ending: bytes, file_first: bool) -> None:
+    body = make_body(b"con\r\n--cu\rtent", file_first=file_first).removesuffix(b"\r\n") + ending
+    sink = Collected()
+    for first in range(1, size + 1):
+        sink.data = b""
+        form = UploadForm(b"cut", lambda: sink)
+        form.feed(body[:first])
+        for start in range(first, len(body), size):
+            form.feed(body[start : start + size])
+            form.feed(b"")
+        form.close()
+        assert (sink.data, form.fields) == (b"con\r\n--cu\rtent", {"purpose": "batch"})
 
 
 @given(kept=st.integers(0, len(make_body(b"content", file_first=False)) - len("--\r\n") - 1))
@@ -155,6 +173,7 @@ def test_other_requests_are_served_while_uploads_hang(base_url: str) -> None:
     with ExitStack() as stack:
         for _ in range(50):  # more than there are threads for uploads, or for routes
             stack.enter_context(open_upload(base_url, 1_000_000, make_body(b"x" * 1000, file_first=True)[:500]))
-        assert httpx2.get(f"{base_url}/health").status_code == 200
-        file = httpx2.post(f"{base_url}/v1/files", data={"purpose": "batch"}, files={"file": ("f", b"x")}).json()
-        assert httpx2.get(f"{base_url}/v1/files/{file['id']}/content").content == b"x"
+        client = stack.enter_context(httpx2.Client(base_url=base_url, timeout=PATIENCE_SECONDS))
+        assert client.get("/health").status_code == 200
+        file = client.post("/v1/files", data={"purpose": "batch"}, files={"file": ("f", b"x")}).json()
+        assert client.get(f"/v1/files/{file['id']}/content").content == b"x"
