@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit.conftest import DAY, FAST, Reply, Rig, WatchedEngine, id_range, ids, line_of, until
+from tests.unit.conftest import DAY, FAST, TINY, Reply, Rig, WatchedEngine, id_range, ids, line_of, until
 from vllm_batch_dagster.adapters.memory import EchoEngine
 from vllm_batch_dagster.core.errors import (
     BatchError,
@@ -23,7 +23,7 @@ from vllm_batch_dagster.core.models import Model, RequestCounts, StopReason
 from vllm_batch_dagster.core.pauses import ALL, Pause, PauseCause, model_scope
 from vllm_batch_dagster.core.ports import EngineLease, EngineRequest, Report
 from vllm_batch_dagster.core.states import BatchEvent, BatchStatus
-from vllm_batch_dagster.stages.pausing import PauseBoard, PausePolicy, lift
+from vllm_batch_dagster.stages.pausing import PauseBoard, PausePolicy, RunGate, lift
 
 AT_ONCE = replace(FAST, pauses=PausePolicy(patience=0.0))
 PATIENT = replace(FAST, pauses=PausePolicy(patience=3600.0))
@@ -72,10 +72,11 @@ class Starting(EchoEngine):
 async def test_a_pause_sends_nothing_new_and_keeps_what_is_in_flight(rig: Rig) -> None:
     batch_id = rig.start(20, chunk_size=10)
     engine = WatchedEngine(holds=lambda line: line >= 5, window=3)
-    run = asyncio.create_task(rig.infer(batch_id, engine, policy=AT_ONCE))
+    said: list[str] = []
+    run = asyncio.create_task(rig.infer(batch_id, engine, policy=AT_ONCE, said=said))
     await until(lambda: engine.in_flight == {5, 6, 7})
     rig.store.pauses.put(operator())
-    await asyncio.sleep(0.1)  # looks pass
+    await until(lambda: any("no new line is sent" in sentence for sentence in said))
     engine.release()
     assert await run == operator()
     assert sorted(engine.asked) == list(range(8))
@@ -214,6 +215,22 @@ async def test_an_engine_that_dies_under_work_and_does_not_start_again_opens_the
     assert len(rig.journal(batch_id, 0, 1)) == 4
 
 
+async def test_a_breaker_is_forgotten_although_the_look_that_does_it_is_cut_short(rig: Rig) -> None:
+    """The run's last line ends while its watcher, which is cancelled then, waits for a thread."""
+    batch_id = rig.start(1)
+    rig.store.pauses.put(replace(operator(), cause=PauseCause.STORAGE))
+    board = PauseBoard(rig.store.pauses, rig.clock)
+    gate = RunGate(board, rig.batch(batch_id), [], TINY, PausePolicy(), lambda _: None)
+    gate.has_answer = True
+    look = asyncio.create_task(gate.look())
+    await asyncio.sleep(0)
+    look.cancel()
+    await asyncio.wait([look])
+    rig.store.pauses.put(replace(operator(), cause=PauseCause.STORAGE))  # as if the thread had not come to it
+    await gate.settle()
+    assert list(rig.store.pauses.list()) == []
+
+
 async def test_damage_is_no_pause(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_id = rig.start(3)
     monkeypatch.setattr("vllm_batch_dagster.stages.attempts.seal_chunk", refuse(CorruptJournal("a byte flipped")))
@@ -248,11 +265,12 @@ def refuse(error: BatchError) -> Callable[..., None]:
 async def test_a_paused_batch_is_cancelled_and_expires(rig: Rig, reason: StopReason, started: bool) -> None:
     batch_id = rig.start(8, chunk_size=4)
     engine = WatchedEngine(holds=lambda line: line == 3, window=1)
+    said: list[str] = []
     if started:
-        run = asyncio.create_task(rig.infer(batch_id, engine, policy=AT_ONCE))
+        run = asyncio.create_task(rig.infer(batch_id, engine, policy=AT_ONCE, said=said))
         await until(lambda: engine.in_flight == {3})
         rig.store.pauses.put(operator(batch_id))
-        await asyncio.sleep(0.1)
+        await until(lambda: any("no new line is sent" in sentence for sentence in said))
         engine.release()
         assert await run == operator(batch_id)
     rig.store.pauses.put(operator(batch_id))

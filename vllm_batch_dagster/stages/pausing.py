@@ -196,8 +196,8 @@ class RunGate:
     async def settle(self) -> None:
         """Forget the breakers when there is an answer: the engine works. Raises StorageFailure."""
         if self.has_answer:
-            self.has_answer = False
             await asyncio.to_thread(self._forget_breakers)
+            self.has_answer = False  # behind it: a look that is cut short at the end of the run has done nothing
 
     def _forget_breakers(self) -> None:
         ours = {(model_scope(self._name), PauseCause.ENGINE), (ALL, PauseCause.STORAGE)}
