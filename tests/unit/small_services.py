@@ -12,6 +12,9 @@ from vllm_batch_dagster.cli.services import Service
 from vllm_batch_dagster.cli.signals import StopSignals
 from vllm_batch_dagster.cli.supervisor import Supervisor
 
+# For whatever a process does beside us: long, since a machine that others use too may give it no time for a while.
+PATIENCE_SECONDS = 120
+
 SLEEP = "import time; print('hello', flush=True); time.sleep(120)"
 
 Stack = Callable[..., Supervisor]
@@ -52,7 +55,7 @@ def service(
 
 def run_until(supervisor: Supervisor, signals: Signals, is_done: Callable[[], bool]) -> str | None:
     """Run until `is_done` and then send one signal."""
-    thread = threading.Thread(target=lambda: (wait_until(is_done, 20), signals.raise_one()))
+    thread = threading.Thread(target=lambda: (wait_until(is_done, PATIENCE_SECONDS), signals.raise_one()))
     thread.start()
     failure = supervisor.run()
     thread.join()
@@ -61,4 +64,4 @@ def run_until(supervisor: Supervisor, signals: Signals, is_done: Callable[[], bo
 
 def nothing_runs(folder: Path) -> bool:
     """True once no process of the stack is left. Python's resource trackers end by themselves, a moment after."""
-    return wait_until(lambda: not stack_processes(folder), 10)
+    return wait_until(lambda: not stack_processes(folder), PATIENCE_SECONDS)

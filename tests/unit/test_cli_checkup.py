@@ -6,6 +6,7 @@ import socket
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,8 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    free = []
-    for _ in range(3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            free.append(probe.getsockname()[1])
+    with ExitStack() as probes:  # all at once: one that is closed may be given out again
+        free = [probes.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(3)]
     return Settings(
         vllm_batch_home=tmp_path / "home",
         code_server_port=free[0],
@@ -40,12 +38,12 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def taken(settings: Settings) -> Iterator[socket.socket]:
-    """Somebody else on the port of the API."""
+def taken(settings: Settings) -> Iterator[Settings]:
+    """The settings with somebody else on the port of the API."""
     with socket.socket() as server:
-        server.bind(("127.0.0.1", settings.api_port))
+        server.bind(("127.0.0.1", 0))
         server.listen()
-        yield server
+        yield settings.model_copy(update={"api_port": server.getsockname()[1]})
 
 
 def write_catalogue(folder: Path) -> Path:
@@ -91,12 +89,12 @@ def test_free_ports(settings: Settings) -> None:
     assert [finding.level for finding in checkup.check_ports(settings)] == ["ok"] * 3
 
 
-def test_a_taken_port_is_a_failure_unless_our_stack_has_it(settings: Settings, taken: socket.socket) -> None:
-    assert [finding.level for finding in checkup.check_ports(settings)] == ["ok", "ok", "fail"]
-    assert f"pid {os.getpid()}" in list(checkup.check_ports(settings))[-1].text
-    settings.vllm_batch_home.mkdir()
-    with hold_stack(settings.vllm_batch_home):
-        assert [finding.level for finding in checkup.check_ports(settings)] == ["ok"] * 3
+def test_a_taken_port_is_a_failure_unless_our_stack_has_it(taken: Settings) -> None:
+    assert [finding.level for finding in checkup.check_ports(taken)] == ["ok", "ok", "fail"]
+    assert f"pid {os.getpid()}" in list(checkup.check_ports(taken))[-1].text
+    taken.vllm_batch_home.mkdir()
+    with hold_stack(taken.vllm_batch_home):
+        assert [finding.level for finding in checkup.check_ports(taken)] == ["ok"] * 3
 
 
 def test_processors() -> None:

@@ -109,7 +109,7 @@ def test_a_pipe_is_pumped_to_its_end(tmp_path: Path) -> None:
         thread = pump(log, "api", pipe)
         os.write(write_end, b"caf\xc3\xa9\r\n\xff\nno newline")
         os.close(write_end)
-        thread.join(10)
+        thread.join()
     log.close()
     assert log.recent("api") == ["café", "\ufffd", "no newline"]
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,6 +37,8 @@ if __name__ == "__main__":
     print(worker.pid, flush=True)
     time.sleep(120)
 """
+
+pytestmark = pytest.mark.timeout(180)
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -79,16 +80,17 @@ def test_a_child_whose_parents_are_gone_is_found_and_ended(start: Start, tmp_pat
     parent = start(ABANDON)
     orphan = int(first_line(parent))
     parent.wait()
-    assert pids(stack_processes(tmp_path)) == {orphan}
-    stop_processes(stack_processes(tmp_path), grace=10)
-    assert not psutil.pid_exists(orphan) or not is_alive(psutil.Process(orphan))
+    (found,) = stack_processes(tmp_path)
+    assert found.pid == orphan
+    stop_processes([found], grace=30)
+    assert not is_alive(found)
 
 
 def test_a_zombie_does_not_live(start: Start, tmp_path: Path) -> None:
     process = start("print('up')")
     first_line(process)
     found = psutil.Process(process.pid)
-    assert wait_until(lambda: found.status() == psutil.STATUS_ZOMBIE, 10)
+    assert wait_until(lambda: found.status() == psutil.STATUS_ZOMBIE, 60)
     assert not is_alive(found)
     assert stack_processes(tmp_path) == []
 
@@ -97,23 +99,22 @@ def test_a_stubborn_process_is_killed_after_the_grace(start: Start) -> None:
     process = start(STUBBORN)
     first_line(process)
     stop_processes([psutil.Process(process.pid)], grace=0.3)
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(60) == -signal.SIGKILL
 
 
 def test_somebody_in_a_hurry_does_not_wait(start: Start) -> None:
     process = start(STUBBORN)
     first_line(process)
-    began = time.monotonic()
-    stop_processes([psutil.Process(process.pid)], grace=60, is_hurried=lambda: True)
-    assert process.wait(10) == -signal.SIGKILL
-    assert time.monotonic() - began < 30
+    # A stop that waits would outlast the test.
+    stop_processes([psutil.Process(process.pid)], grace=3600, is_hurried=lambda: True)
+    assert process.wait(60) == -signal.SIGKILL
 
 
 def test_a_polite_process_is_not_killed(start: Start) -> None:
     process = start(SLEEP)
     first_line(process)
-    stop_processes([psutil.Process(process.pid)], grace=30)
-    assert process.wait(10) == -signal.SIGTERM
+    stop_processes([psutil.Process(process.pid)], grace=60)
+    assert process.wait(60) == -signal.SIGTERM
 
 
 def test_run_workers_are_the_spawned_children(start: Start, tmp_path: Path) -> None:

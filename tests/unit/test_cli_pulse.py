@@ -13,6 +13,8 @@ from vllm_batch_dagster.cli import supervisor as supervisor_module
 from vllm_batch_dagster.cli.pulse import Pulse
 from vllm_batch_dagster.cli.readiness import can_start_runs
 
+pytestmark = pytest.mark.timeout(180)
+
 
 class Clock:
     now = 100.0
@@ -94,11 +96,12 @@ class Server:
 
 
 @pytest.mark.parametrize("knows", [True, False])
-def test_the_code_server_is_asked_as_dagster_asks(knows: bool) -> None:
+def test_the_code_server_is_asked_as_dagster_asks(knows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from dagster._grpc.__generated__ import dagster_api_pb2
     from dagster._grpc.types import CanCancelExecutionRequest
     from dagster._serdes import deserialize_value
 
+    monkeypatch.setattr(readiness, "PULSE_TIMEOUT_SECONDS", 120.0)
     server = Server(knows=knows)
     try:
         assert can_start_runs("127.0.0.1", server.port) is knows

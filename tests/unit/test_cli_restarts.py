@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,24 @@ from vllm_batch_dagster.cli import supervisor as supervisor_module
 from vllm_batch_dagster.cli.group_log import GroupLog
 from vllm_batch_dagster.cli.processes import is_alive
 from vllm_batch_dagster.cli.services import Service
-from vllm_batch_dagster.cli.supervisor import pause_before
+from vllm_batch_dagster.cli.supervisor import Supervisor, pause_before
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def may_die(tmp_path: Path) -> Path:
+    """A service looks at this path and lives until something is there: one that dies before it was ever ready is no
+    case for a restart, and how soon the supervisor comes to ask is nobody's guess."""
+    return tmp_path / "may-die"
+
+
+def waits_for(path: Path) -> str:
+    return f"import os, time\nwhile not os.path.exists({str(path)!r}): time.sleep(0.01)\n"
+
+
+def let_die_when_ready(path: Path) -> Callable[[Supervisor], None]:
+    return lambda supervisor: path.touch() if supervisor.is_ready else None
 
 
 def test_a_killed_service_is_started_again(stack: Stack, signals: Signals, log: GroupLog) -> None:
@@ -52,21 +70,27 @@ def test_the_record_is_written_again_after_a_restart(stack: Stack, signals: Sign
     assert seen == [(first, False), (first, True), (first, False), (second, False), (second, True)]
 
 
-def test_a_crash_loop_ends_the_stack(stack: Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_crash_loop_ends_the_stack(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, may_die: Path
+) -> None:
     monkeypatch.setattr(supervisor_module, "LONGEST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(supervisor_module, "POLL_SECONDS", 0.01)
-    code = f"import time; open({str(tmp_path / 'lives')!r}, 'a').write('x'); print('no luck'); time.sleep(0.3); exit(3)"
-    failure = stack(service("api", SLEEP), service("web", code)).run()
+    code = f"open({str(tmp_path / 'lives')!r}, 'a').write('x'); print('no luck')\n" + waits_for(may_die) + "exit(3)"
+    services = service("api", SLEEP), service("web", code)
+    failure = stack(*services, on_change=let_die_when_ready(may_die)).run()
     assert failure is not None
     assert "the service web ended with exit code 3, its death number 6 in a row, and is given up" in failure
     assert "no luck" in failure
     assert (tmp_path / "lives").read_text() == "x" * 6
 
 
-def test_a_steady_life_begins_a_new_row(stack: Stack, signals: Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_steady_life_begins_a_new_row(
+    stack: Stack, signals: Signals, monkeypatch: pytest.MonkeyPatch, may_die: Path
+) -> None:
     monkeypatch.setattr(supervisor_module, "LONGEST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(supervisor_module, "STEADY_SECONDS", 0.1)
-    supervisor = stack(service("web", "import time; time.sleep(0.3)"))
+    code = waits_for(may_die) + "time.sleep(0.3)"
+    supervisor = stack(service("web", code), on_change=let_die_when_ready(may_die))
     lives: set[int] = set()
 
     def count_lives() -> bool:
@@ -79,19 +103,25 @@ def test_a_steady_life_begins_a_new_row(stack: Stack, signals: Signals, monkeypa
 def test_a_service_that_does_not_come_back_is_killed(
     stack: Stack, signals: Signals, log: GroupLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor_module, "READY_SECONDS", 1.0)
     starts: list[float] = []
+    killed: list[int] = []
+
+    def grant(seconds: float) -> None:
+        monkeypatch.setattr(supervisor_module, "READY_SECONDS", seconds)
 
     def ready_at_first(since: float) -> bool:
         if since not in starts:
             starts.append(since)
+        if len(starts) == 2:  # it was asked once, and its time is over; every other life has as long as it takes
+            grant(0.0)
         return len(starts) in (1, 3)
 
-    supervisor = stack(service("web", SLEEP, ready=ready_at_first))
+    supervisor = stack(service("web", SLEEP, ready=ready_at_first), on_change=lambda _: grant(600.0))
 
     def kill_first() -> bool:
-        if len(starts) == 1 and supervisor.is_ready:
-            os.kill(supervisor.records()[0].pid, signal.SIGKILL)
+        if not killed and len(starts) == 1 and supervisor.is_ready:
+            killed.append(supervisor.records()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
         return len(starts) == 3 and supervisor.is_ready
 
     assert run_until(supervisor, signals, kill_first) is None

@@ -9,6 +9,7 @@ person has to look.
 
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,9 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0
 # A run that is told to end finishes its journal and its event log; the code server then has nothing to wait for.
 WORKER_GRACE_SECONDS = 20.0
 SERVICE_GRACE_SECONDS = 15.0
+# What a service said last may still be on its way to the log: of a dead one until its pipe is at its end, which a
+# child that it leaves behind keeps open.
+LAST_WORDS_SECONDS, LIVING_WORDS_SECONDS = 5.0, 0.3
 
 
 @dataclass(slots=True)
@@ -51,6 +55,7 @@ class Running:
 
     service: Service
     process: subprocess.Popen[bytes]
+    pump: threading.Thread
     started_at: float
     is_ready: bool = False
     was_ready: bool = False
@@ -119,7 +124,7 @@ class Supervisor:
             self._start(service)
 
     def _start(self, service: Service) -> None:
-        self._running.append(Running(service, self._spawn(service), time.time()))
+        self._running.append(Running(service, *self._spawn(service), time.time()))
         self._on_change(self)
 
     def _restart_due(self) -> None:
@@ -127,11 +132,12 @@ class Supervisor:
             if running.again_at is None or time.monotonic() < running.again_at:
                 continue
             running.earlier.append(running.process.pid)
-            running.process, running.started_at = self._spawn(running.service), time.time()
+            running.process, running.pump = self._spawn(running.service)
+            running.started_at = time.time()
             running.again_at = None
             self._on_change(self)
 
-    def _spawn(self, service: Service) -> "subprocess.Popen[bytes]":
+    def _spawn(self, service: Service) -> tuple["subprocess.Popen[bytes]", threading.Thread]:
         process = subprocess.Popen(
             command_line(service),
             env=self._environment,
@@ -141,9 +147,8 @@ class Supervisor:
             # A group of its own: Ctrl-C reaches `up` alone, which stops the services in order.
             start_new_session=True,
         )
-        if process.stdout is not None:
-            pump(self._log, service.name, process.stdout)
-        return process
+        assert process.stdout is not None
+        return process, pump(self._log, service.name, process.stdout)
 
     def _probe(self) -> None:
         for running in self._running:
@@ -210,8 +215,7 @@ class Supervisor:
         return None
 
     def _describe(self, running: Running, what: str) -> str:
-        # The pump may still hold the last words of a process that is gone.
-        wait_until(lambda: False, 0.3)
+        running.pump.join(LIVING_WORDS_SECONDS if running.process.poll() is None else LAST_WORDS_SECONDS)
         words = "".join(f"\n    {line}" for line in self._log.recent(running.name)) or " (nothing)"
         path = self._log.path(running.name)
         return f"the service {running.name} {what}; its last words, more of them in {path}:{words}"
