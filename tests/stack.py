@@ -7,17 +7,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from vllm_batch_dagster.cli.processes import is_alive, stack_processes
+from tests.ports import hold_ports
+from vllm_batch_dagster.cli.processes import is_alive, stack_processes, wait_until
+from vllm_batch_dagster.cli.state_folder import read_record
 from vllm_batch_dagster.settings import PROJECT_ROOT, Settings
 
-START_SECONDS = 150
-STOP_SECONDS = 60
+# Long ones: on a machine that others use too, a process may get no time for a while.
+START_SECONDS = 300
+STOP_SECONDS = 120
 PORTS = ("CODE_SERVER_PORT", "DAGSTER_PORT", "API_PORT")
+
+_held = ExitStack()  # the ports of `free_ports`, until this process ends
 
 
 class Stack:
@@ -84,13 +90,26 @@ class Stack:
         status: Mapping[str, Any] = json.loads(self.run("status", "--json").stdout)
         return status
 
+    def status_when_well(self) -> Mapping[str, Any]:
+        """Wait until every service answers `status` in time: on a busy machine one may just be slow."""
+        end = time.monotonic() + START_SECONDS
+        while not (status := self.status())["well"]:
+            assert time.monotonic() < end, status
+        return status
+
     def pid_of(self, name: str) -> int:
-        return next(int(process["pid"]) for process in self.status()["processes"] if process["name"] == name)
+        """Read from the record of `up`, at once: asking `status` takes seconds, in which things go on."""
+        record = read_record(self.home)
+        assert record is not None, "nothing runs"
+        return next(service.pid for service in record.services if service.name == name)
 
     def assert_nothing_left(self, seen: list[psutil.Process]) -> None:
-        """No process that was `seen`, none of this stack, no lock, no record, every port free."""
-        assert [process for process in seen if is_alive(process)] == []
-        assert stack_processes(self.home) == []
+        """No process that was `seen`, none of this stack, no lock, no record, every port free.
+
+        A killed process is gone a moment later, and Python's resource trackers end by themselves: both are waited for.
+        """
+        wait_until(lambda: not self._left_of(seen), STOP_SECONDS)
+        assert self._left_of(seen) == []
         assert not (self.home / "up.lock").exists()
         assert not (self.home / "up.json").exists()
         assert [path for path in self.home.rglob("*") if path.is_socket()] == []
@@ -99,19 +118,18 @@ class Stack:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(("127.0.0.1", int(self.env[port])))
 
+    def _left_of(self, seen: list[psutil.Process]) -> list[psutil.Process]:
+        return [*filter(is_alive, seen), *stack_processes(self.home)]
+
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "vllm_batch_dagster.cli", *arguments]
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Return ports that nobody else on the machine is given while this process lives, also between two servers of a
+    test on the same one."""
+    return list(_held.enter_context(hold_ports(count)))
 
 
 def write_catalogue(folder: Path) -> Path:

@@ -19,6 +19,9 @@ from dagster._grpc.types import CanCancelExecutionRequest, CanCancelExecutionRes
 from dagster._serdes import ConfigurableClassData, deserialize_value
 
 DEFAULT_MISSES = 2
+# Two minutes at the pace of dagster.yaml, for a code server that died with its worker to come back: Dagster asks it for
+# the plan of the retry, once, and gives the retry up for good when it is away (dagster 1.13, `auto_run_reexecution`).
+PATIENT_MISSES = 24
 ASK_SECONDS = 5
 # A stepped clock moves what the system says about a start; a pid is not used again within a minute.
 CLOCK_SLACK_SECONDS = 60.0
@@ -31,6 +34,10 @@ class CheckedRunLauncher(DefaultRunLauncher):
 
     A worker counts as gone after `misses` checks in a row in which its code server does not claim the run
     and, where the worker runs on this machine, its process does not exist. Dagster then retries the run.
+
+    Where server and worker belong to this machine, a process that is not seen is gone, whatever is said: the server's
+    look after its workers ends with the first error it meets, a full disk say, and then it claims every worker for ever
+    (dagster 1.13, `_check_for_orphaned_runs`). A pid of another machine says nothing here.
     """
 
     def __init__(self, inst_data: ConfigurableClassData | None = None, misses: int = DEFAULT_MISSES) -> None:
@@ -56,43 +63,27 @@ class CheckedRunLauncher(DefaultRunLauncher):
         The server is asked only for a worker whose process is not seen here: it answers behind a lock that it shares
         with the worker, and every launch waits there too while that lock is not had.
         """
-        if self._is_vouched_for(run):
-            self._misses.pop(run.run_id, None)
-            return CheckRunHealthResult(WorkerStatus.RUNNING)
+        address = _server_address(run)
+        worker = self.worker_start(run) if address is not None and address["host"] in LOOPBACK else None
+        if worker is not None and is_running(*worker):
+            return self._forgive(run)
+        claim = _ask_server(run, address) if address is not None else False
+        if claim and address is not None and (worker is None or not listens_here(address["port"])):
+            return self._forgive(run)
+        return self._miss(run, self._limit if claim is not None else max(self._limit, PATIENT_MISSES))
+
+    def _forgive(self, run: DagsterRun) -> CheckRunHealthResult:
+        self._misses.pop(run.run_id, None)
+        return CheckRunHealthResult(WorkerStatus.RUNNING)
+
+    def _miss(self, run: DagsterRun, limit: int) -> CheckRunHealthResult:
         seen = self._misses[run.run_id] = self._misses.get(run.run_id, 0) + 1
-        if seen < self._limit:
-            return CheckRunHealthResult(WorkerStatus.RUNNING, f"worker not found ({seen} of {self._limit})")
+        if seen < limit:
+            return CheckRunHealthResult(WorkerStatus.RUNNING, f"worker not found ({seen} of {limit})")
         del self._misses[run.run_id]
         return CheckRunHealthResult(
             WorkerStatus.FAILED, "its code server does not know the run and its process is gone"
         )
-
-    def _is_vouched_for(self, run: DagsterRun) -> bool:
-        """True when its process is seen, or the server's word counts. A pid of another machine says nothing here.
-
-        Where server and worker belong to this machine, a process that is not seen is gone, whatever is said: the
-        server's look after its workers ends with the first error it meets, a full disk say, and then it claims every
-        worker for ever (dagster 1.13, `_check_for_orphaned_runs`).
-        """
-        address = _server_address(run)
-        if address is None:
-            return False
-        worker = self.worker_start(run) if address["host"] in LOOPBACK else None
-        if worker is None:
-            return self._server_claims(run)
-        return is_running(*worker) or (self._server_claims(run) and not listens_here(address["port"]))
-
-    def _server_claims(self, run: DagsterRun) -> bool:
-        """Ask the code server that launched the run whether it could cancel it: only then does it hold it."""
-        address = _server_address(run)
-        if address is None:
-            return False
-        client = DagsterGrpcClient(**address)
-        try:
-            reply = client.can_cancel_execution(CanCancelExecutionRequest(run_id=run.run_id), timeout=ASK_SECONDS)
-        except DagsterUserCodeUnreachableError:
-            return False
-        return deserialize_value(reply, CanCancelExecutionResult).can_cancel
 
     def worker_start(self, run: DagsterRun) -> tuple[int, float] | None:
         """The pid that the worker wrote into the run's log, and when (unix seconds)."""
@@ -115,6 +106,17 @@ def _server_address(run: DagsterRun) -> dict[str, Any] | None:
         "socket": recorded.get("socket"),
         "use_ssl": bool(recorded.get("use_ssl", False)),
     }
+
+
+def _ask_server(run: DagsterRun, address: Mapping[str, Any]) -> bool | None:
+    """Ask the code server that launched the run whether it could cancel it: only then does it hold it. None: it does
+    not answer."""
+    client = DagsterGrpcClient(**address)
+    try:
+        reply = client.can_cancel_execution(CanCancelExecutionRequest(run_id=run.run_id), timeout=ASK_SECONDS)
+    except DagsterUserCodeUnreachableError:
+        return None
+    return deserialize_value(reply, CanCancelExecutionResult).can_cancel
 
 
 def is_running(pid: int, started_before: float) -> bool:
