@@ -4,7 +4,9 @@ In: `.venv-label-studio` (`make setup-label-studio`). Out: its address and one u
 tests of the curation and by whoever shows it; a deployment uses Label Studio's own container.
 """
 
+import contextlib
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -25,6 +27,8 @@ from scripts.label_studio_environment import ENVIRONMENT, LOCK, RECIPE, state_va
 EMAIL, PASSWORD = "reviewer@example.test", "a-password-of-the-demo"
 START_SECONDS = 300
 STOP_SECONDS = 15
+# Below those that systems choose themselves, for connections and for whoever asks for any port.
+PORTS = range(20_000, 30_000)
 _FOREIGN = ("DJANGO_", "POSTGRE_", "LABEL_STUDIO_")
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -106,10 +110,12 @@ def _environment(folder: Path, token: str) -> dict[str, str]:
 
 
 def _choose_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a free port that the system gives to nobody: the server takes it only half a minute later."""
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LabelStudioFailed(f"no free port was found from {PORTS.start} to {PORTS.stop - 1}")
 
 
 def _wait(running: LabelStudio, process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -6,10 +6,16 @@ from collections.abc import Iterator
 import httpx2
 import openai
 import pytest
+from hypothesis import settings
 
 from tests.clients.runs import Clients
 from tests.conformance.submissions import Submissions, submit_all
 from tests.target import Target, add_options, read_options, serve_target
+
+# How long an example takes says nothing on a machine that others use too. Here, so that every folder has it, however
+# its tests are chosen.
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -32,7 +32,7 @@ class DagsterUi:
 
     def ask(self, query: str, **variables: object) -> Any:
         """Return the `data` of an answer."""
-        answer = httpx.post(self._url, json={"query": query, "variables": variables}, timeout=30).json()
+        answer = httpx.post(self._url, json={"query": query, "variables": variables}, timeout=120).json()
         assert "errors" not in answer, answer
         return answer["data"]
 

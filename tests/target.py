@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +12,8 @@ import httpx2
 import pytest
 
 from tests.dagster_ui import DagsterUi
-from tests.stack import START_SECONDS, STOP_SECONDS, Stack, free_ports, wait_for
+from tests.ports import hold_ports
+from tests.stack import START_SECONDS, Stack, wait_for
 from vllm_batch_dagster.adapters.simulated.process import SimulatedProcess
 
 CHAT, EMBEDDINGS, SLOW = "made-up-chat", "made-up-embeddings", "made-up-slow"
@@ -102,8 +103,8 @@ def serve_target(folder: Path) -> Iterator[Target]:
             slow_model=SLOW,
             extended_url=extended.api_url,
             extended_key=make_key(extended),
-            later_url=start_api(strict, ending.callback, "-c", LATER_API),
-            limited_url=start_api(strict, ending.callback, "-m", "api_shim", MAX_REQUESTS_PER_MINUTE="60"),
+            later_url=start_api(strict, ending, "-c", LATER_API),
+            limited_url=start_api(strict, ending, "-m", "api_shim", MAX_REQUESTS_PER_MINUTE="60"),
             max_file_bytes=STRICT["MAX_FILE_BYTES"],
         )
 
@@ -122,7 +123,8 @@ def make_stack(folder: Path, engine_url: str, **settings: str) -> Stack:
 
 
 def wait_until_ready(stack: Stack, up: "subprocess.Popen[bytes]") -> None:
-    wait_for(lambda: "ready in" in stack.said() or up.poll() is not None, START_SECONDS)
+    # Twice as long as for one: there are two stacks.
+    wait_for(lambda: "ready in" in stack.said() or up.poll() is not None, 2 * START_SECONDS)
     assert up.poll() is None, stack.said()
 
 
@@ -137,20 +139,21 @@ def make_key(stack: Stack) -> str:
     return made.stdout.strip()
 
 
-def start_api(stack: Stack, at_end: Callable[..., object], *arguments: str, **settings: str) -> str:
+def start_api(stack: Stack, ending: ExitStack, *arguments: str, **settings: str) -> str:
     """Start a second API on the state of `stack`. Returns its URL."""
-    port = str(free_ports(1)[0])
+    (port,) = ending.enter_context(hold_ports(1))
     api = subprocess.Popen(
         [sys.executable, *arguments],
-        env={**stack.env, **settings, "API_PORT": port},
+        env={**stack.env, **settings, "API_PORT": str(port)},
         cwd=stack.folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    at_end(api.wait)
-    at_end(api.terminate)
-    wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), STOP_SECONDS)
+    ending.callback(api.wait)
+    ending.callback(api.terminate)
+    wait_for(lambda: answers(f"http://127.0.0.1:{port}/health") or api.poll() is not None, START_SECONDS)
+    assert api.poll() is None, f"the API on port {port} has ended with {api.returncode}"
     return f"http://127.0.0.1:{port}/v1"
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import socket
-import time
 from collections.abc import Callable
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -14,6 +13,7 @@ from fastapi import FastAPI
 
 from api_shim.bodies import BLOCK_BYTES, _Filling
 from api_shim.protocol import SocketDoor
+from tests.api.conftest import PATIENCE_SECONDS, wait_for
 from vllm_batch_dagster.settings import Settings
 
 MEBIBYTE = 1 << 20
@@ -48,7 +48,7 @@ def doors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def connection(base_url: str) -> HTTPConnection:
-    return HTTPConnection(urlsplit(base_url).netloc, timeout=20)
+    return HTTPConnection(urlsplit(base_url).netloc, timeout=PATIENCE_SECONDS)
 
 
 def post(connection: HTTPConnection, body: bytes) -> tuple[HTTPResponse, bytes]:
@@ -84,14 +84,6 @@ def test_a_refused_body_is_read_to_its_end_and_the_connection_goes_on(
     assert answer.status == 200, text
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Poll until true. Fails after ten seconds."""
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
-
-
 def test_a_client_that_vanishes_leaves_nothing(base_url: str, stored_files: Callable[[], int]) -> None:
     where, body = urlsplit(base_url), make_form(b"x" * 5_000_000)
     with socket.create_connection((where.hostname or "", where.port or 0)) as peer:
@@ -108,7 +100,7 @@ def test_a_request_in_the_same_packet_as_the_end_of_a_body_is_answered(base_url:
     head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n".encode()
     head += b"Content-Type: multipart/form-data; boundary=cut\r\n\r\n"
     after = b"GET /v1/batches?limit=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    with socket.create_connection((where.hostname or "", where.port or 0), timeout=20) as peer:
+    with socket.create_connection((where.hostname or "", where.port or 0), timeout=PATIENCE_SECONDS) as peer:
         peer.sendall(head + body + after)
         received = b"".join(iter(lambda: peer.recv(65536), b""))
     assert received.count(b"HTTP/1.1 200 OK") == 2

@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from api_shim.byteranges import ByteRange, Unsatisfiable, read_range
 from api_shim.downloads import BLOCK_BYTES
 from api_shim.encodings import MIN_ENCODED_BYTES, choose_encoding
+from tests.api.conftest import PATIENCE_SECONDS
 
 Upload = Callable[..., dict[str, Any]]
 CONTENT = b"".join(b'{"custom_id": "%06d"}\n' % number for number in range(80_000))
@@ -132,7 +133,7 @@ def test_contents_that_are_known_are_not_sent_again(client: TestClient, url: str
 
 def test_head_describes_and_sends_nothing(base_url: str, sdk: OpenAI) -> None:
     file = sdk.files.create(file=("in.jsonl", CONTENT), purpose="batch")
-    with httpx2.Client(base_url=base_url) as client:
+    with httpx2.Client(base_url=base_url, timeout=PATIENCE_SECONDS) as client:
         for _ in range(2):  # the connection must still be usable
             answer = client.head(
                 f"/v1/files/{file.id}/content", headers={"accept-encoding": "identity", "range": "bytes=0-1"}
@@ -154,7 +155,8 @@ def test_contents_are_encoded_on_demand(
     base_url: str, sdk: OpenAI, coding: str, decode: Callable[[bytes], bytes]
 ) -> None:
     file = sdk.files.create(file=("in.jsonl", CONTENT), purpose="batch")
-    with httpx2.stream("GET", f"{base_url}/v1/files/{file.id}/content", headers={"accept-encoding": coding}) as answer:
+    url, headers = f"{base_url}/v1/files/{file.id}/content", {"accept-encoding": coding}
+    with httpx2.stream("GET", url, headers=headers, timeout=PATIENCE_SECONDS) as answer:
         sent = b"".join(answer.iter_raw())
 
     assert answer.headers["content-encoding"] == coding

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from openai import ConflictError, OpenAI
 from starlette.testclient import TestClient
 
+from tests.api.conftest import PATIENCE_SECONDS
 from vllm_batch_dagster.adapters.memory import FixedClock
 from vllm_batch_dagster.core.claims import CLAIM_SECONDS
 from vllm_batch_dagster.core.errors import StorageFailure
@@ -154,14 +155,14 @@ def test_64_of_calls_at_once_one_makes_the_object(base_url: str, stored_files: C
         body: Any = {"json": PARAMS}
         if path == "/v1/files":
             body = {"data": {"purpose": "batch"}, "files": {"file": ("in.jsonl", b"x" * 500_000)}}
-        return httpx2.post(base_url + path, headers=ONCE, timeout=30, **body)
+        return httpx2.post(base_url + path, headers=ONCE, timeout=PATIENCE_SECONDS, **body)
 
     with ThreadPoolExecutor(CALLS) as pool:
         answers = list(pool.map(call, range(CALLS)))
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.json()["id"] for answer in answers}) == 1
     assert sum("idempotent-replayed" not in answer.headers for answer in answers) == 1
-    assert len(httpx2.get(base_url + path).json()["data"]) == 1
+    assert len(httpx2.get(base_url + path, timeout=PATIENCE_SECONDS).json()["data"]) == 1
     assert stored_files() == (1 if path == "/v1/files" else 0)
 
 

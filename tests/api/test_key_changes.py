@@ -3,23 +3,24 @@
 import contextlib
 import os
 import secrets
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
 import pytest
 from typer.testing import CliRunner
 
+from tests.api.conftest import PATIENCE_SECONDS, wait_for
+from tests.ports import hold_ports
 from vllm_batch_dagster.cli.main import app as command_line
 from vllm_batch_dagster.core.keys import hash_secret, new_secret
 
 PROJECT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 10
 BATCH_PARAMS = {"input_file_id": "file-1", "endpoint": "/v1/embeddings", "completion_window": "24h"}
 
 
@@ -40,7 +41,7 @@ class Server:
         self._wait()
 
     def _wait(self) -> None:
-        end = time.monotonic() + 3 * PATIENCE_SECONDS
+        end = time.monotonic() + 2 * PATIENCE_SECONDS
         while "listening" not in self.log:
             assert self._process.poll() is None, self.log
             assert time.monotonic() < end, self.log
@@ -58,24 +59,21 @@ class Server:
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
+    ports = ExitStack()
     catalogue = tmp_path / "models.yaml"
     catalogue.write_text("models:\n- {name: tiny, path: models/tiny}\n")
 
     def serve(**environment: str) -> Server:
         log = tmp_path / f"log-{len(started)}"
-        defaults = {"API_PORT": str(free_port()), "API_HOST": "127.0.0.1", "MODELS_FILE": str(catalogue)}
+        (port,) = ports.enter_context(hold_ports(1))
+        defaults = {"API_PORT": str(port), "API_HOST": "127.0.0.1", "MODELS_FILE": str(catalogue)}
         started.append(Server(tmp_path / "home", log, **defaults | environment))
         return started[-1]
 
     yield serve
     for server in started:
         server.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    ports.close()
 
 
 @pytest.fixture
@@ -93,14 +91,12 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
 
 def status_of(server: Server, secret: str | None) -> int:
-    return httpx2.get(f"{server.url}/v1/files", headers=bearer(secret) if secret else {}).status_code
+    return ask(server, "files", secret).status_code
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.05)
+def ask(server: Server, path: str, secret: str | None) -> httpx2.Response:
+    headers = bearer(secret) if secret else {}
+    return httpx2.get(f"{server.url}/v1/{path}", headers=headers, timeout=PATIENCE_SECONDS)
 
 
 def test_a_running_api_follows_the_command_line(serve: Callable[..., Server], keys: Callable[..., str]) -> None:
@@ -136,10 +132,11 @@ def test_no_key_ever_reaches_the_log(
     secret, wrong = keys("create"), new_secret(secrets.token_bytes)
     server = serve(LOG_FORMAT=log_format)
     for sent in (wrong, secret):
-        httpx2.get(f"{server.url}/v1/files/unknown", headers=bearer(sent))
-        made = httpx2.post(f"{server.url}/v1/batches", headers=bearer(sent), json=BATCH_PARAMS)
+        ask(server, "files/unknown", sent)
+        batches = f"{server.url}/v1/batches"
+        made = httpx2.post(batches, headers=bearer(sent), json=BATCH_PARAMS, timeout=PATIENCE_SECONDS)
     spoil_batches(tmp_path / "home" / "batches.db")
-    crash = httpx2.get(f"{server.url}/v1/batches/{made.json()['id']}", headers=bearer(secret))
+    crash = ask(server, f"batches/{made.json()['id']}", secret)
     assert crash.status_code == 500
     wait_for(lambda: "ValueError" in server.log)
 

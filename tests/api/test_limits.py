@@ -9,6 +9,7 @@ import pytest
 from openai import OpenAI, PermissionDeniedError
 from starlette.testclient import TestClient
 
+from tests.api.conftest import PATIENCE_SECONDS
 from vllm_batch_dagster.adapters.local_files import LocalWorkspace
 from vllm_batch_dagster.adapters.memory import FixedClock, MemoryCatalog
 from vllm_batch_dagster.core.models import Batch, Model
@@ -63,7 +64,7 @@ class TestRequestsPerMinute:
                 answer.headers["retry-after"] = "0.01"
 
         for _ in range(3):
-            assert httpx2.get(f"{base_url}/v1/files").status_code == 200
+            assert httpx2.get(f"{base_url}/v1/files", timeout=PATIENCE_SECONDS).status_code == 200
         transport = httpx2.Client(event_hooks={"response": [note]})
         with OpenAI(base_url=f"{base_url}/v1", api_key="any", http_client=transport) as sdk:
             assert sdk.batches.list().data == []

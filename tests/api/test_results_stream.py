@@ -4,8 +4,7 @@ import asyncio
 import http.client
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,9 +13,12 @@ import pytest
 from fastapi import FastAPI
 
 import api_shim.results
+from tests.api.conftest import PATIENCE_SECONDS, wait_for
 from tests.api.test_results import finish, give
 from tests.unit.conftest import Rig, WatchedEngine, request_lines, until
 from vllm_batch_dagster.core.states import BatchEvent
+
+MANY = 20
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ class Follower:
     """A client that reads a stream line by line on a connection of its own."""
 
     def __init__(self, base_url: str, batch_id: str, query: str = "") -> None:
-        self._connection = http.client.HTTPConnection(urlsplit(base_url).netloc, timeout=30)
+        self._connection = http.client.HTTPConnection(urlsplit(base_url).netloc, timeout=PATIENCE_SECONDS)
         self._connection.request("GET", f"/v1/batches/{batch_id}/results?follow=1{query}")
         self._response = self._connection.getresponse()
         self.status = self._response.status
@@ -140,23 +142,28 @@ def test_who_goes_away_is_forgotten_and_there_is_a_most(app: FastAPI, base_url: 
     refused = Follower(base_url, batch_id)
     assert refused.status == 429
     assert refused.line()["error"]["code"] == "too_many_followers"
-    before = threading.active_count()
     first.leave()
     wait_for(lambda: seats.taken == 1)
     third = Follower(base_url, batch_id)
     assert third.status == 200
     second.leave()
     wait_for(lambda: seats.taken == 1)
-    assert threading.active_count() <= before + 1  # no thread a follower
     rig.store.batches.advance(batch_id, BatchEvent.CANCEL, int(rig.clock()))
     rig.merge(batch_id)
     assert third.line() is None
     wait_for(lambda: seats.taken == 0)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not happen")
+def test_who_waits_for_lines_holds_no_thread(
+    app: FastAPI, base_url: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few threads are kept that looked for lines: they are not counted one by one."""
+    monkeypatch.setattr(api_shim.results, "LOOK_SECONDS", 3600)
+    seats = app.state.services.followers
+    batch_id, before = rig.start(5), threading.active_count()
+    followers = [Follower(base_url, batch_id) for _ in range(MANY)]
+    wait_for(lambda: seats.taken == MANY)
+    assert threading.active_count() < before + MANY / 2
+    for follower in followers:
+        follower.leave()
+    wait_for(lambda: seats.taken == 0)

@@ -83,7 +83,7 @@ def ask_what_is_allowed(operation: Operation, objects: Mapping[str, str]) -> set
     return statuses
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_what_the_document_allows(
     operations: Sequence[Operation], make_objects: Callable[[], Mapping[str, str]]
 ) -> None:
@@ -91,7 +91,7 @@ def test_what_the_document_allows(
     assert {label for label, seen in statuses.items() if 200 not in seen} <= NEVER_200
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_what_the_document_forbids(operations: Sequence[Operation]) -> None:
     for operation in operations:
         if not operation.body and not operation.query:
@@ -105,7 +105,7 @@ def test_what_the_document_forbids(operations: Sequence[Operation]) -> None:
         ask()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_stranger_gets_what_the_document_lists(operations: Sequence[Operation], new_key: Callable[..., str]) -> None:
     new_key()
     for operation in operations:

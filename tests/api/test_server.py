@@ -5,8 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import pytest
 import yaml
 
 from api_shim.server import bind_listener, is_loopback, serve
+from tests.api.conftest import PATIENCE_SECONDS, wait_for
+from tests.ports import hold_ports
 from vllm_batch_dagster.core.errors import ConfigurationError
 from vllm_batch_dagster.settings import Settings
 
@@ -42,21 +43,19 @@ class ServerProcess:
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     catalogue = tmp_path / "models.yaml"
     catalogue.write_text(yaml.safe_dump({"models": [{"name": "tiny", "path": "models/tiny"}]}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return os.environ | {
-        "VLLM_BATCH_HOME": str(tmp_path / "home"),
-        "MODELS_FILE": str(catalogue),
-        "POSTGRES_HOST": "",
-        "API_HOST": "127.0.0.1",
-        "API_PORT": str(port),
-        "LOG_FORMAT": "json",
-        "MAX_FILE_BYTES": "0",
-    }
+    with hold_ports(1) as (port,):
+        yield os.environ | {
+            "VLLM_BATCH_HOME": str(tmp_path / "home"),
+            "MODELS_FILE": str(catalogue),
+            "POSTGRES_HOST": "",
+            "API_HOST": "127.0.0.1",
+            "API_PORT": str(port),
+            "LOG_FORMAT": "json",
+            "MAX_FILE_BYTES": "0",
+        }
 
 
 @pytest.fixture
@@ -78,6 +77,10 @@ def start(environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, cwd=PROJECT, stderr=subprocess.PIPE, text=True)
 
 
+def get(url: str) -> httpx2.Response:
+    return httpx2.get(url, timeout=PATIENCE_SECONDS)
+
+
 def form_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
     yield b'--cut\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
     yield b'--cut\r\nContent-Disposition: form-data; name="file"; filename="big.jsonl"\r\n\r\n'
@@ -91,7 +94,7 @@ def upload(url: str, mebibytes: int) -> dict[str, object]:
         f"{url}/v1/files",
         content=form_of(block for _ in range(mebibytes)),
         headers={"content-type": "multipart/form-data; boundary=cut"},
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
@@ -99,13 +102,14 @@ def upload(url: str, mebibytes: int) -> dict[str, object]:
 
 def test_memory_does_not_grow_with_the_file(server: ServerProcess) -> None:
     small = upload(server.url, 1)
-    assert httpx2.get(f"{server.url}/v1/files/{small['id']}/content").status_code == 200
+    assert get(f"{server.url}/v1/files/{small['id']}/content").status_code == 200
     before = server.memory
 
     file = upload(server.url, 200)
     for coding in ("identity", "zstd", "gzip"):
         received, headers = 0, {"accept-encoding": coding}
-        with httpx2.stream("GET", f"{server.url}/v1/files/{file['id']}/content", headers=headers, timeout=60) as answer:
+        url = f"{server.url}/v1/files/{file['id']}/content"
+        with httpx2.stream("GET", url, headers=headers, timeout=PATIENCE_SECONDS) as answer:
             for data in answer.iter_bytes():
                 received += len(data)
         assert file["bytes"] == received == 200 * MIB
@@ -122,7 +126,7 @@ def test_a_stop_in_the_middle_of_an_upload_leaves_nothing(environment: dict[str,
         connection.sendall(body[: 4 * MIB + MIB // 2])
         wait_for(lambda: stored_bytes(folder) > 0)
         server.process.terminate()
-        server.process.communicate(timeout=20)
+        server.process.communicate(timeout=PATIENCE_SECONDS)
 
     assert server.process.returncode == 0
     assert not [path for path in folder.rglob("*") if path.is_file()]
@@ -132,28 +136,20 @@ def stored_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Poll until true. Fails after ten seconds."""
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it(server: ServerProcess, number: signal.Signals) -> None:
-    assert httpx2.get(f"{server.url}/health").status_code == 200
+    assert get(f"{server.url}/health").status_code == 200
     server.process.send_signal(number)
-    server.process.communicate(timeout=10)
+    server.process.communicate(timeout=PATIENCE_SECONDS)
     assert server.process.returncode == 0
     with pytest.raises(httpx2.ConnectError):
-        httpx2.get(server.url)
+        get(server.url)
 
 
 def test_a_restart_keeps_files_and_batches(environment: dict[str, str], server: ServerProcess) -> None:
     file = upload(server.url, 1)
     params = {"input_file_id": file["id"], "endpoint": "/v1/embeddings", "completion_window": "24h"}
-    batch = httpx2.post(f"{server.url}/v1/batches", json=params).json()
+    batch = httpx2.post(f"{server.url}/v1/batches", json=params, timeout=PATIENCE_SECONDS).json()
     server.process.kill()
     server.process.wait()
 
@@ -161,8 +157,8 @@ def test_a_restart_keeps_files_and_batches(environment: dict[str, str], server: 
     try:
         assert again.stderr is not None
         assert any("listening" in line for line in again.stderr)
-        assert httpx2.get(f"{server.url}/v1/files/{file['id']}").json() == file
-        assert httpx2.get(f"{server.url}/v1/batches/{batch['id']}").json() == batch
+        assert get(f"{server.url}/v1/files/{file['id']}").json() == file
+        assert get(f"{server.url}/v1/batches/{batch['id']}").json() == batch
     finally:
         again.kill()
         again.communicate()
@@ -192,7 +188,7 @@ def test_loopback_is_known_by_all_its_names(host: str) -> None:
 def test_a_taken_port_is_one_clear_sentence(environment: dict[str, str]) -> None:
     with bind_listener("127.0.0.1", int(environment["API_PORT"])):
         process = start(environment)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=PATIENCE_SECONDS)
 
     assert process.returncode == 1
     assert f"cannot listen on 127.0.0.1:{environment['API_PORT']}" in said

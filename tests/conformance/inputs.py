@@ -56,10 +56,10 @@ def refused(number: int, model: str) -> Line:
     return chat(number, model, temperature=-1)
 
 
-def expiring(target: Target) -> Input:
-    """[46] Cannot be done in its window of one minute."""
-    lines = [chat(number, target.slow_model) for number in range(SLOW_LINES)]
-    return Input(lines, window="1m", is_extension=True)
+def expiring(target: Target, minutes: int = 1) -> Input:
+    """[46] Cannot be done in its window, of one minute by default."""
+    lines = [chat(number, target.slow_model) for number in range(SLOW_LINES * minutes)]
+    return Input(lines, window=f"{minutes}m", is_extension=True)
 
 
 def cut(target: Target) -> Input:

@@ -21,6 +21,7 @@ from tests.target import Target
 TERMINAL = {"completed", "failed", "expired", "cancelled"}
 SECONDS = 800
 POLL_SECONDS = 0.5
+ANSWER_SECONDS = 60
 
 # What is done to a batch as soon as a state of it is seen, by name.
 Actions = Mapping[str, tuple[Callable[[Batch], bool], Callable[[str], Batch]]]
@@ -107,7 +108,7 @@ class Submissions:
     def _watch(self, actions: Actions) -> None:
         try:
             while not self._is_over.wait(POLL_SECONDS):
-                for name, submission in self._all.items():
+                for name, submission in list(self._all.items()):  # more may be made meanwhile
                     if not submission.has_ended:
                         self._look(submission, *actions.get(name, ()))
         except Exception as failure:  # noqa: BLE001 - raised again where the test looks
@@ -135,15 +136,27 @@ def submit_all(target: Target, client: openai.OpenAI) -> Iterator[Submissions]:
         extended = ending.enter_context(
             openai.OpenAI(base_url=target.extended_url, api_key=target.extended_key, _strict_response_validation=True)
         )
-        for name, describe in INPUTS.items():
-            wanted = describe(target)
-            submissions.add(name, partial(submit, extended if wanted.is_extension else client, wanted))
         actions = {
             "cut": (lambda batch: batch.request_counts.completed > 0, client.batches.cancel),
             "largest": (lambda batch: batch.status == "in_progress", partial(cancel_without_body, target)),
         }
+        # From the start: what is to be cut must not have ended when the last and largest input is made.
         ending.enter_context(submissions.watched(actions))
+        for name, describe in INPUTS.items():
+            wanted = describe(target)
+            submissions.add(name, partial(submit, extended if wanted.is_extension else client, wanted))
         yield submissions
+
+
+def finish_again(client: openai.OpenAI, wanted: Input) -> Submission:
+    """Make one more batch and wait until it has ended."""
+    submission = submit(client, wanted)
+    end = time.monotonic() + SECONDS
+    while not submission.has_ended:
+        assert time.monotonic() < end, f"it is still {submission.newest}"
+        time.sleep(POLL_SECONDS)
+        submission.seen.append(client.batches.retrieve(submission.id))
+    return submission
 
 
 def submit(client: openai.OpenAI, wanted: Input) -> Submission:
@@ -178,7 +191,9 @@ def upload(client: openai.OpenAI, wanted: Input) -> str:
 def cancel_without_body(target: Target, batch_id: str) -> Batch:
     """Cancel as [48] says: a content type that promises JSON, and no byte of it."""
     headers = {"Authorization": f"Bearer {target.api_key}", "Content-Type": "application/json"}
-    answer = httpx2.post(f"{target.base_url}/batches/{batch_id}/cancel", headers=headers, content=b"")
+    answer = httpx2.post(
+        f"{target.base_url}/batches/{batch_id}/cancel", headers=headers, content=b"", timeout=ANSWER_SECONDS
+    )
     assert answer.status_code == 200, answer.text
     return Batch.model_validate(answer.json())
 

@@ -106,7 +106,8 @@ def test_h033_the_pages_of_a_list(plain: httpx2.Client, submissions: Submissions
     assert after["data"][0]["id"] == page["data"][1]["id"]
     for limit in (0, 101):
         assert read_error(plain.get("batches", params={"limit": limit}), 400)["param"] == "limit"
-    assert list_all(plain, limit=7) == list_all(plain, limit=100)
+    known = list_all(plain, limit=100)
+    assert list_all(plain, limit=7)[-len(known) :] == known  # a client may have made one meanwhile
 
 
 def test_h034_the_sdk_yields_each_batch_once(

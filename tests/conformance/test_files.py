@@ -117,7 +117,8 @@ def test_h009_a_file_over_the_limit_is_refused_once(target: Target, strict_clien
     with sent_by(strict_client) as sent, pytest.raises(openai.APIStatusError) as refusal:
         strict_client.files.create(file=("large.jsonl", content), purpose="batch")
     assert 400 <= refusal.value.status_code < 500
-    assert len(sent) == 1
+    # The batches are watched with the same client.
+    assert len([request for request in sent if request.method == "POST"]) == 1
     read_error(refusal.value.response, refusal.value.status_code)
 
 
@@ -195,7 +196,7 @@ def test_h018_an_expired_file_is_gone(target: Target, create: Callable[..., File
     file = create(**{"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"})
     lasting = create()
     headers = {"Authorization": f"Bearer {target.api_key}"}
-    with httpx2.Client(base_url=target.need("later_url"), headers=headers) as later:
+    with httpx2.Client(base_url=target.need("later_url"), headers=headers, timeout=60) as later:
         for path in (f"files/{file['id']}", f"files/{file['id']}/content"):
             assert read_error(later.get(path), 404)["param"] == "id"
         assert later.get(f"files/{lasting['id']}").json() == lasting

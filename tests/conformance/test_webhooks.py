@@ -87,7 +87,7 @@ def hooks(target: Target, request: pytest.FixtureRequest) -> Iterator[Hooks]:
 
 def test_h065_one_event_for_each_terminal_state(hooks: Hooks) -> None:
     for status, kind in CLASSES.items():
-        (delivery,) = hooks.wait("empty", status)
+        delivery = hooks.wait("empty", status)[0]
         event = hooks.client.webhooks.unwrap(delivery.body, delivery.headers, secret=hooks.secrets["empty"][0])
         assert isinstance(event, kind)
         assert (event.type, event.object) == (f"batch.{status}", "event")
@@ -96,12 +96,14 @@ def test_h065_one_event_for_each_terminal_state(hooks: Hooks) -> None:
         assert batch.status == status
         assert batch.status in TERMINAL
         assert event.created_at == getattr(batch, f"{status}_at")
-    assert [len(hooks.wait("empty", status)) for status in CLASSES] == [1] * len(CLASSES)
-    assert len({hooks.wait("empty", status)[0].id for status in CLASSES}) == len(CLASSES)
+    # One event, which comes again when our answer to it was late.
+    events = [{one.id for one in hooks.wait("empty", status)} for status in CLASSES]
+    assert [len(ids) for ids in events] == [1] * len(CLASSES)
+    assert len(set().union(*events)) == len(CLASSES)
 
 
 def test_h066_a_tampered_event_is_refused(hooks: Hooks) -> None:
-    (delivery,) = hooks.wait("empty", "failed")
+    delivery = hooks.wait("empty", "failed")[0]
     secret, other = hooks.secrets["empty"][0], hooks.secrets["error"][0]
     for body, key in ((delivery.body + b" ", secret), (delivery.body, other)):
         with pytest.raises(openai.InvalidWebhookSignatureError):
@@ -125,7 +127,7 @@ def test_h068_what_is_retried(hooks: Hooks) -> None:
 
 
 def test_h069_both_secrets_hold_during_rotation(hooks: Hooks) -> None:
-    (delivery,) = hooks.wait("ok", "failed")
+    delivery = hooks.wait("ok", "failed")[0]
     signatures = delivery.headers["webhook-signature"].split()
     assert [signature.split(",")[0] for signature in signatures] == ["v1", "v1"]
     for secret in hooks.secrets["ok"]:

@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,14 +17,25 @@ import psycopg
 import pytest
 
 from tests.contract.object_server import ObjectServer, run_objects
+from tests.ports import hold_ports
 from vllm_batch_dagster.adapters.memory import MemoryStore
 from vllm_batch_dagster.adapters.store import SqlStore, open_store, schema
 
-START_SECONDS = 30
-# Durability of the server is not what is tested here; without these each test database would cost a second.
-FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=100")
+# Long ones: on a machine that others use too, a process may get no time for a while.
+START_SECONDS = 120
+TEST_SECONDS = 240
+# Durability of the server is not what is tested here; without these each test database would cost a second. What
+# autovacuum notes of the tables would decide on plans, once a minute.
+FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=100", "autovacuum=off")
 
 Store = MemoryStore | SqlStore
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Most of these tests have processes to wait for, and the first of them the start of the servers."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 class Postgres:
@@ -104,18 +114,15 @@ def run_postgres() -> Iterator[Postgres]:
         initdb: list[str | Path] = [binaries / "initdb", "-D", base / "data", "-U", "postgres", "-A", "trust"]
         initdb += ["--no-sync", "-E", "UTF8", "--locale=C.UTF-8"]
         subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, **settings)
-        with serve(binaries, base, settings) as postgres:
+        with hold_ports(1) as (port,), serve(binaries, base, port, settings) as postgres:
             yield postgres
     finally:
         shutil.rmtree(base, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def serve(binaries: Path, base: Path, settings: dict[str, Any]) -> Iterator[Postgres]:
-    """Run the server over the cluster in `base` on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def serve(binaries: Path, base: Path, port: int, settings: dict[str, Any]) -> Iterator[Postgres]:
+    """Run the server over the cluster in `base`."""
     options = [part for option in (*FAST, "listen_addresses=127.0.0.1") for part in ("-c", option)]
     command: list[str | Path] = [binaries / "postgres", "-D", base / "data", "-p", str(port), "-k", base, *options]
     with (base / "log").open("wb") as log:

@@ -105,7 +105,7 @@ def kill(folder: Path, point: str) -> None:
         die_after_a_part()
     files: FileStore = (DyingFiles if point == MIDDLE and not uploads else LocalFiles)(folder / "files")
     kind = DyingCourier if point == COMMITTED else HandlerCourier
-    deliver(folder, kind(files, limit_seconds=60), int((folder / "now").read_text()), "first run")
+    deliver(folder, kind(files, limit_seconds=600), int((folder / "now").read_text()), "first run")
 
 
 def measure(name: str, path: str) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
-START_SECONDS = 60
+from tests.ports import hold_ports
+
+START_SECONDS = 120
 ACCESS_KEY, SECRET_KEY = "testkey", "a-secret-that-nobody-may-see"
 BUCKET = "results"
 GRPC_OFFSET = 10_000  # each part also listens that much higher
@@ -49,7 +51,12 @@ class ObjectServer:
 @contextlib.contextmanager
 def run_objects(folder: Path) -> Iterator[ObjectServer]:
     names = ("s3", "master", "volume", "filer", "admin")
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    with hold_ports(len(names), GRPC_OFFSET) as ports, _serve(folder, dict(zip(names, ports, strict=True))) as objects:
+        yield objects
+
+
+@contextlib.contextmanager
+def _serve(folder: Path, ports: dict[str, int]) -> Iterator[ObjectServer]:
     log = folder / "log"
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -88,21 +95,6 @@ def _command(folder: Path, ports: dict[str, int]) -> list[str]:
     ]
 
 
-def _free_ports(count: int) -> list[int]:
-    """Return ports that are free, as are those that lie GRPC_OFFSET above."""
-    found: list[int] = []
-    with contextlib.ExitStack() as held:
-        while len(found) < count:
-            low, high = (held.enter_context(socket.socket()) for _ in range(2))
-            low.bind(("127.0.0.1", 0))
-            port: int = low.getsockname()[1]
-            if port + GRPC_OFFSET < 1 << 16:
-                with contextlib.suppress(OSError):
-                    high.bind(("127.0.0.1", port + GRPC_OFFSET))
-                    found.append(port)
-    return found
-
-
 def _wait_until_ready(objects: ObjectServer, port: int, server: "subprocess.Popen[bytes]", log: Path) -> None:
     """Wait until the bucket can be made: the port opens before the server can store anything."""
     from botocore.exceptions import BotoCoreError, ClientError
@@ -114,9 +106,17 @@ def _wait_until_ready(objects: ObjectServer, port: int, server: "subprocess.Pope
             make_client(objects).create_bucket(Bucket=BUCKET)
             return
         except (OSError, BotoCoreError, ClientError) as error:
+            if _is_made(error):
+                return
             if server.poll() is not None or time.monotonic() > end:
                 pytest.fail(f"SeaweedFS did not start: {error}\n{log.read_text(errors='replace')[-3000:]}")
             time.sleep(0.1)
+
+
+def _is_made(error: Exception) -> bool:
+    """The answer of an earlier try was lost: the client sends a call again whose answer takes too long."""
+    answer = getattr(error, "response", {})
+    return answer.get("Error", {}).get("Code") in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
 
 
 def make_client(objects: ObjectServer) -> Any:

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from vllm_batch_dagster.adapters.engine import connect_engines, engine_status, manage_engine, stop_engine
+from vllm_batch_dagster.adapters.engine import client, connect_engines, engine_status, manage_engine, stop_engine
 from vllm_batch_dagster.adapters.engine.config import EngineConfig
+from vllm_batch_dagster.adapters.engine.server import Pace
 from vllm_batch_dagster.adapters.memory import EchoEngine
 from vllm_batch_dagster.adapters.simulated import (
     Faults,
@@ -33,6 +34,12 @@ CHAT = "/v1/chat/completions"
 SEQUENCES = 8
 HEALTH_SECONDS = 0.4
 STALL_SECONDS = 1.5
+# How long an answer of /health may take. An engine that has no time on a busy machine must not count as dead; only of
+# one whose /health is frozen is the end of it awaited.
+PROBE_SECONDS, FROZEN_PROBE_SECONDS = 30.0, 3.0
+START_SECONDS = 120
+SERVER_KEEPALIVE_SECONDS = 5.0
+LONG_PREFILL_SECONDS = 600.0  # nobody waits for its end
 
 
 @dataclass
@@ -72,6 +79,11 @@ async def send_all(lease: EngineLease, numbers: range) -> list[Any]:
     return await asyncio.gather(*(lease.send(a_request(number)) for number in numbers), return_exceptions=True)
 
 
+@pytest.fixture(autouse=True)
+def _probe_patiently(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "probe_seconds", PROBE_SECONDS)
+
+
 @pytest.fixture(params=["connected", "managed"])
 def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     """An engine over HTTP."""
@@ -86,7 +98,7 @@ def _connected(tmp_path: Path) -> Iterator[Rig]:
             server.url,
             "",
             SEQUENCES,
-            start_seconds=10,
+            start_seconds=START_SECONDS,
             stall_seconds=STALL_SECONDS,
             health_seconds=HEALTH_SECONDS,
         )
@@ -106,7 +118,7 @@ def _managed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
         python=sys.executable,
         device="cpu",
         port=0,
-        start_seconds=30,
+        start_seconds=START_SECONDS,
         stall_seconds=STALL_SECONDS,
         max_num_seqs=SEQUENCES,
         command=simulated_command("--witness", str(witness), "--latency", "0.01"),
@@ -193,11 +205,13 @@ async def test_an_answer_of_a_dead_core_is_none(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("is_health_frozen", [False, True])
-async def test_a_hang_is_found_out(rig: Rig, is_health_frozen: bool) -> None:
+async def test_a_hang_is_found_out(rig: Rig, is_health_frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if is_health_frozen:
+        monkeypatch.setattr(Pace, "probe_seconds", FROZEN_PROBE_SECONDS)
     async with rig.lease() as lease:
         assert (await lease.send(a_request(0))).status == 200
         rig.fail(hang_after=0, hang_without_health=is_health_frozen)
-        answers = await asyncio.wait_for(send_all(lease, range(1, 20)), 40)
+        answers = await asyncio.wait_for(send_all(lease, range(1, 20)), 120)
         assert [type(answer) for answer in answers] == [EngineUnavailable] * 19
         rig.revive()
         await lease.recover()
@@ -257,15 +271,23 @@ async def test_an_idle_engine_is_no_hang(rig: Rig) -> None:
         assert rig.starts() <= 1
 
 
-async def test_sockets_that_the_server_has_just_closed_lose_nothing(tmp_path: Path) -> None:
-    """The keep-alive race: the server closes them while our loop is busy, and they are in the pool when it goes on."""
+async def test_sockets_that_the_server_has_just_closed_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keep-alive race: the server closes them while our loop is busy, and they are in the pool when it goes on.
+
+    aiohttp gives a new connection no longer than that to send its first request, and this process may have no time.
+    """
+    monkeypatch.setattr(client, "_KEEPALIVE_SECONDS", 4 * SERVER_KEEPALIVE_SECONDS)
+    options = ("--model", "tiny", "--keep-alive", str(SERVER_KEEPALIVE_SECONDS), "--latency", "0.01")
     witness = tmp_path / "witness"
-    with SimulatedProcess("--model", "tiny", "--keep-alive", "0.3", "--latency", "0.01", witness=witness) as server:
+    with SimulatedProcess(*options, witness=witness) as server:
         async with connect_engines(server.url).lease(Model("tiny", "somewhere"), lambda _: None) as lease:
             for burst in range(3):
+                if burst:
+                    time.sleep(SERVER_KEEPALIVE_SECONDS + 1)  # noqa: ASYNC251  # what is tested: a loop that does not look
                 answers = await send_all(lease, range(burst * 40, burst * 40 + 40))
                 assert [answer.status for answer in reached(answers)] == [200] * 40
-                time.sleep(1)  # noqa: ASYNC251  # what is tested is a loop that does not look
     assert sorted(witness.read_text().split()) == sorted(f"request-{number}" for number in range(120))
 
 
@@ -323,8 +345,21 @@ async def test_it_gives_up_on_a_request_that_kills_every_engine(rig: Rig) -> Non
         assert await send_until_it_fails(lease) == 4
 
 
+async def until_held(rig: Rig, count: int) -> None:
+    """Wait until the engine has so many requests, running and waiting ones."""
+    server = client.EngineClient(f"http://127.0.0.1:{rig.port()}")
+    try:
+        while (load := await server.load()) is None or load.requests < count:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+    finally:
+        await server.close()
+
+
 async def test_urgent_lines_go_first(rig: Rig) -> None:
-    """Eight at a time: while eight long ones hold the engine, 32 lines come in reverse; the most urgent overtake."""
+    """Eight at a time: while eight long ones hold the engine, 32 lines come in reverse; the most urgent overtake.
+
+    The long ones are taken back when all the others wait.
+    """
     done: list[int] = []
 
     async def send(lease: EngineLease, number: int) -> None:
@@ -332,11 +367,14 @@ async def test_urgent_lines_go_first(rig: Rig) -> None:
         done.append(number)
 
     async with rig.lease() as lease:
-        rig.fail(prefill_next=SEQUENCES, prefill_seconds=2 * STALL_SECONDS)
+        rig.fail(prefill_next=SEQUENCES, prefill_seconds=LONG_PREFILL_SECONDS)
         long_ones = [asyncio.create_task(lease.send(a_request(number))) for number in range(100, 100 + SEQUENCES)]
-        while not rig.witness.exists() or len(rig.received()) < SEQUENCES:  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.05)
-        await asyncio.gather(*long_ones, *(send(lease, number) for number in reversed(range(32))))
+        await until_held(rig, SEQUENCES)
+        urgent = [asyncio.create_task(send(lease, number)) for number in reversed(range(32))]
+        await until_held(rig, SEQUENCES + len(urgent))
+        for task in long_ones:
+            task.cancel()
+        await asyncio.gather(*urgent)
     assert sum(done[:16]) < sum(done[-16:])
 
 

@@ -23,6 +23,7 @@ from vllm_batch_dagster.core.errors import EngineStartFailed, EngineUnavailable
 from vllm_batch_dagster.core.models import Model
 from vllm_batch_dagster.core.ports import EngineLease, EngineRequest
 
+START_SECONDS = 120
 TINY = Model("tiny", "somewhere")
 CARD = Hardware("Some card, driver 1, 16384 MiB", free_share=0.7, host_free_gib=8.0)
 
@@ -81,9 +82,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
         python=sys.executable,
         device="cuda",
         port=0,
-        start_seconds=30,
+        start_seconds=START_SECONDS,
         command=simulated_command("--max-num-batched-tokens", "8192", "--gpu-memory-utilization", "0.92"),
-        health_seconds=0.4,
+        health_seconds=10.0,  # an engine that has no time on a busy machine must not count as dead
     )
     machine = Machine(config, monkeypatch)
     machine.has(CARD)
@@ -226,7 +227,7 @@ async def test_a_failure_that_nobody_waited_for_counts(machine: Machine, is_warm
     """The engine was started ahead of its first chunk, or its starter was killed: its log still says why it ended."""
     machine.start_needs("sequences", max_num_seqs=128)
     manage_engine(machine.config).warm(TINY, machine.said.append)
-    await asyncio.to_thread(wait_for, lambda: engine_status(machine.config.folder) is None, 30)
+    await asyncio.to_thread(wait_for, lambda: engine_status(machine.config.folder) is None, START_SECONDS)
     if is_warmed:
         manage_engine(machine.config).warm(TINY, machine.said.append)
     assert (await machine.use()).rung == "--max-num-seqs 128"

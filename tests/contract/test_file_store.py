@@ -186,7 +186,7 @@ class TestLocalFiles:
             "import sys, time; from pathlib import Path\n"
             "from vllm_batch_dagster.adapters.local_files import LocalFiles\n"
             "arriving = LocalFiles(Path(sys.argv[1])).create('file-1'); arriving.write(bytes(5 << 20))\n"
-            "print('written', flush=True); time.sleep(60)\n"
+            "print('written', flush=True); time.sleep(600)\n"
         )
         command = [sys.executable, "-c", script, str(folder)]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:

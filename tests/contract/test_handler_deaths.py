@@ -152,7 +152,7 @@ def test_a_delivery_whose_process_died_is_made_again_and_doubles_nothing(
     elif destination.url.startswith("s3:"):
         assert list_unfinished(destination.objects, destination.url)
 
-    courier = HandlerCourier(LocalFiles(house / "files"), limit_seconds=60)
+    courier = HandlerCourier(LocalFiles(house / "files"), limit_seconds=600)
     (delivery,) = deliver(house, courier, LATER, "second run")
 
     assert (delivery.state, delivery.attempts) == (DeliveryState.DELIVERED, 2), delivery.last_error

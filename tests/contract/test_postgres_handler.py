@@ -125,18 +125,18 @@ def test_two_attempts_at_a_batch_do_not_meet(table: Table, monkeypatch: pytest.M
 
     def open_slowly() -> Any:
         reached.set()
-        assert go_on.wait(30)
+        assert go_on.wait(120)
         return case.delivery().open_output()
 
     with ThreadPoolExecutor() as pool:
         first = pool.submit(table.handler.deliver, replace(case.delivery(), open_output=open_slowly))
-        assert reached.wait(30)
+        assert reached.wait(120)
         try:
             with pytest.raises(DeliveryFailed, match="another attempt is writing batch_1"):
                 table.make().deliver(case.delivery())
         finally:
             go_on.set()
-        first.result(30)
+        first.result(120)
     table.make().deliver(case.delivery())
     assert len(table.rows()) == 4
 

@@ -37,7 +37,7 @@ from vllm_batch_dagster.adapters.store.database import Database, read_url
 with Database(read_url(sys.argv[1])).writing() as connection:
     connection.execute(text("UPDATE batches SET status = 'failed'"))
     print("changed", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 # Acknowledges a cancel and is killed by whoever reads that.
@@ -46,7 +46,7 @@ import sys, time
 from vllm_batch_dagster.adapters.store import open_store
 from vllm_batch_dagster.core.states import BatchEvent
 print(open_store(sys.argv[1]).batches.advance("batch_1", BatchEvent.CANCEL, 30).status.value, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -79,7 +79,7 @@ def test_processes_that_begin_the_same_chunk_get_different_epochs(planned: SqlSt
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    epochs = [[int(line) for line in process.communicate(timeout=50)[0].split()] for process in processes]
+    epochs = [[int(line) for line in process.communicate(timeout=200)[0].split()] for process in processes]
 
     assert sorted(epochs[0] + epochs[1]) == list(range(1, 41))
     old, new = sorted(mine[-1] for mine in epochs)

@@ -52,7 +52,7 @@ def let_go(opener: "subprocess.Popen[str]") -> None:
 
 def finish(opener: "subprocess.Popen[str]") -> str:
     """Return what the process says: how many batches it sees, and whether it imported Alembic."""
-    out, err = opener.communicate(timeout=50)
+    out, err = opener.communicate(timeout=200)
     assert opener.returncode == 0, err
     return out.strip()
 

@@ -14,6 +14,9 @@ from vllm_batch_dagster.core.models import Batch
 from vllm_batch_dagster.defs.curation import OFF
 from vllm_batch_dagster.stages.push_records import PushState, read_push
 
+# An instance on disk: slow on a busy machine.
+pytestmark = pytest.mark.timeout(300)
+
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 

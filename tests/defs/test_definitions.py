@@ -13,6 +13,8 @@ from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 from vllm_batch_dagster.definitions import defs
 from vllm_batch_dagster.settings import PROJECT_ROOT
 
+pytestmark = pytest.mark.timeout(300)
+
 LOAD_CPU_SECONDS = 3.0
 
 BATCHES = "batches"
@@ -119,7 +121,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a fresh process with no environment reports. Its working folder is in `folder`."""
     folder = tmp_path_factory.mktemp("empty")
     child = [sys.executable, "-B", "-W", "ignore", "-c", LOAD, str(PROJECT_ROOT)]
-    done = subprocess.run(child, env={}, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(child, env={}, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return {**json.loads(done.stdout), "folder": folder}
 

@@ -21,6 +21,9 @@ from vllm_batch_dagster.defs.partitions import cell_key
 from vllm_batch_dagster.defs.purge import DagsterHistory
 from vllm_batch_dagster.defs.retention import build_retention
 
+# Databases on disk, and a real server: on a busy machine some of these take half a minute.
+pytestmark = pytest.mark.timeout(300)
+
 ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]
 
 

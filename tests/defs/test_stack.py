@@ -4,7 +4,6 @@ Nothing lighter shows whether the UI's backfills work: a partition mapping that 
 test. What is sent to the webserver here is what the UI sends.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,15 @@ from tests.dagster_ui import BACKFILL, LOCATION, DagsterUi
 from tests.defs.graph import every_id
 from tests.e2e.batches import chat, finish, ids, read, submit
 from tests.stack import START_SECONDS, Stack, wait_for
-from vllm_batch_dagster.adapters.simulated.process import SimulatedProcess
+from vllm_batch_dagster.adapters.simulated import Faults, SimulatedProcess
 from vllm_batch_dagster.cli.processes import run_workers
 from vllm_batch_dagster.cli.readiness import can_start_runs
 from vllm_batch_dagster.core.journal import read_records
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CHUNK, SLOTS = 20, 6
-SECONDS = 200
+SECONDS = 400
 PER_BATCH = ("validated_input", "merged_output", "deliveries", "curated_export")
 
 LAUNCH = """
@@ -219,12 +218,15 @@ def test_a_backfill_of_everything_for_one_batch(world: World, finished: str) -> 
 def test_a_killed_run_worker_loses_and_doubles_nothing(world: World) -> None:
     """Exactly the lines that no journal held are sent again, and the chunks that were shown are left alone."""
     total = SLOTS * CHUNK
+    world.engine.set_faults(Faults(hang_after=total - CHUNK))  # however late we look, the run is not over
     batch_id = submit(world.client, [chat(number, "tiny") for number in range(total)]).id
     wait_for(lambda: len(world.asked(batch_id)) >= total // 2, SECONDS)
     (worker,) = run_workers(world.code_server)
     worker.kill()
     worker.wait()
-    time.sleep(0.5)  # what the dead process had sent reaches the engine
+    for _ in range(2):  # it answers in turn: by then it has read what the dead process had sent
+        world.engine.ask("/health")
+    world.engine.set_faults(Faults())
     answered = journalled(world.stack.home, batch_id)
     asked = len(world.asked(batch_id))
     assert 0 < len(answered) < asked < total

@@ -10,7 +10,7 @@ import openai
 from openai.types import Batch
 
 TERMINAL = {"completed", "failed", "expired", "cancelled"}
-BATCH_SECONDS = 240
+BATCH_SECONDS = 600
 
 Line = Mapping[str, Any]
 

@@ -35,9 +35,11 @@ def engine_settings() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def real_stack(tmp_path_factory: pytest.TempPathFactory, engine_settings: dict[str, str]) -> Iterator[Stack]:
     stack = Stack(tmp_path_factory.mktemp("stack"), **engine_settings)
-    stack.start_and_wait()
-    yield stack
-    stack.run("down")
+    try:
+        stack.start_and_wait()
+        yield stack
+    finally:
+        stack.run("down")
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,17 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import CHAT
-from tests.stack import free_ports
+from tests.stack import START_SECONDS, STOP_SECONDS, free_ports, wait_for
 from vllm_batch_dagster.adapters.catalog import load_catalog
 from vllm_batch_dagster.adapters.engine import engine_status, manage_engine, stop_engine
 from vllm_batch_dagster.adapters.engine.client import EngineClient, Load
 from vllm_batch_dagster.adapters.engine.config import EngineConfig
+from vllm_batch_dagster.cli.processes import is_alive
 from vllm_batch_dagster.core.errors import EngineStartFailed, EngineUnavailable
 from vllm_batch_dagster.core.models import Model
 from vllm_batch_dagster.core.ports import EngineAnswer, EngineLease, EngineRequest
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STALL_SECONDS = 12.0
 # 60,000 tokens of this model take 1.29 GiB, and the cache is given 1.
@@ -108,6 +109,19 @@ async def watch_load(url: str, until: "asyncio.Task[EngineAnswer]") -> list[Load
     return looks
 
 
+async def until_busy(url: str) -> None:
+    """Wait until tokens are made."""
+    client, seen = EngineClient(url), set[float]()
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            while len(seen) < 2:
+                if (load := await client.load()) is not None and load.requests:
+                    seen.add(load.tokens)
+                await asyncio.sleep(0.1)
+    finally:
+        await client.close()
+
+
 async def answers_of(lease: EngineLease, count: int, tokens: int) -> list[object]:
     sends = (lease.send(request_of(number, tokens=tokens)) for number in range(count))
     return await asyncio.gather(*sends, return_exceptions=True)
@@ -133,7 +147,7 @@ async def test_a_cache_that_is_too_small_is_made_larger_and_that_is_remembered(b
 async def test_a_prefill_moves_what_the_watchdog_looks_at(bench: Bench) -> None:
     """No token is counted before the whole prompt has been read: the use of the KV cache shows that work goes on."""
     async with bench.lease() as lease:
-        sending = asyncio.create_task(lease.send(request_of(1, words=4_000, tokens=1)))
+        sending = asyncio.create_task(lease.send(request_of(1, words=8_000, tokens=1)))
         looks = await watch_load(bench.url(), sending)
         assert (await sending).status == 200
     before = {load.kv_usage for load in looks if load.requests and load.tokens == looks[0].tokens}
@@ -142,8 +156,8 @@ async def test_a_prefill_moves_what_the_watchdog_looks_at(bench: Bench) -> None:
 
 async def test_a_frozen_core_is_found_by_its_counters(bench: Bench) -> None:
     async with bench.lease() as lease:
-        sends = asyncio.create_task(answers_of(lease, 16, 400))
-        await asyncio.sleep(2)
+        sends = asyncio.create_task(answers_of(lease, 16, 4000))
+        await until_busy(bench.url())
         frozen, sockets = bench.core(), bench.sockets()
         frozen.suspend()
         lost = [answer for answer in await sends if not isinstance(answer, EngineAnswer)]
@@ -151,7 +165,7 @@ async def test_a_frozen_core_is_found_by_its_counters(bench: Bench) -> None:
         await assert_heals(bench, lease, lost)
         assert sockets
         assert bench.sockets().isdisjoint(sockets), "a killed engine cannot remove its own"
-    assert not frozen.is_running()
+    wait_for(lambda: not is_alive(frozen), STOP_SECONDS)
     assert bench.has_said("without becoming ready") == 1, "the rung was remembered"
 
 
@@ -159,11 +173,11 @@ async def test_a_terminated_engine_is_started_again(bench: Bench) -> None:
     async with bench.lease() as lease:
         old = bench.processes()
         sends = asyncio.create_task(answers_of(lease, 16, 4000))
-        await asyncio.sleep(2)
+        await until_busy(bench.url())
         os.kill(old[0].pid, signal.SIGTERM)
         lost = [answer for answer in await sends if not isinstance(answer, EngineAnswer)]
         await assert_heals(bench, lease, lost)
-    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in old)
+    wait_for(lambda: not any(map(is_alive, old)), STOP_SECONDS)
 
 
 async def test_what_cannot_be_helped_is_said_at_once(bench: Bench, tmp_path: Path) -> None:

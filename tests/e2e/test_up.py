@@ -16,12 +16,12 @@ import pytest
 from tests.stack import PORTS, START_SECONDS, STOP_SECONDS, Stack, descendants, free_ports, wait_for
 from vllm_batch_dagster.adapters.engine import engine_status, manage_engine
 from vllm_batch_dagster.adapters.engine.config import EngineConfig
+from vllm_batch_dagster.adapters.simulated import Faults, SimulatedProcess
 from vllm_batch_dagster.cli.processes import is_alive, run_workers
-from vllm_batch_dagster.cli.readiness import answers
 from vllm_batch_dagster.core.models import Model
 from vllm_batch_dagster.settings import PROJECT_ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SERVICES = {"code", "web", "daemon", "api"}
 
@@ -34,19 +34,12 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
 
 
 @pytest.fixture
-def simulated(tmp_path: Path) -> Iterator[str]:
-    """The URL of a simulated engine that nobody but the test owns: 200 lines take it some ten seconds."""
-    port = free_ports(1)[0]
-    module = ("-m", "vllm_batch_dagster.adapters.simulated", "--port", str(port), "--model", "tiny")
-    engine = subprocess.Popen(
-        [sys.executable, *module, "--latency", "0.4", "--max-num-seqs", "8"],
-        env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT)},
-        stdout=subprocess.DEVNULL,
-    )
-    wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), STOP_SECONDS)
-    yield f"http://127.0.0.1:{port}"
-    engine.terminate()
-    engine.wait()
+def simulated() -> Iterator[SimulatedProcess]:
+    """A simulated engine that nobody but the test owns. It hangs before the last of 200 lines, so however late a test
+    looks, the batch is not over."""
+    options = ("--model", "tiny", "--latency", "0.4", "--max-num-seqs", "8")
+    with SimulatedProcess(*options, faults=Faults(hang_after=150)) as engine:
+        yield engine
 
 
 def start_simulated_engine(folder: Path) -> int:
@@ -80,9 +73,8 @@ def completed_lines(stack: Stack) -> int:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_everything(stack: Stack, number: signal.Signals) -> None:
     up = stack.start_and_wait()
-    status = stack.status()
+    status = stack.status_when_well()
     assert status["ready"]
-    assert status["well"]
     assert {process["name"] for process in status["processes"]} == SERVICES
     assert all(process["health"] == "ok" and process["memory_bytes"] > 0 for process in status["processes"])
     seen = descendants(up.pid)
@@ -138,15 +130,14 @@ def test_detached_and_down_from_another_terminal(stack: Stack) -> None:
     started = stack.run("up", "--detach")
     assert started.returncode == 0, started.stderr
     assert f"http://127.0.0.1:{stack.env['API_PORT']}/v1" in started.stdout
-    status = stack.status()
-    assert status["well"]
+    status = stack.status_when_well()
     seen = [psutil.Process(status["pid"]), *descendants(status["pid"])]
 
     second = stack.run("up")
     assert second.returncode == 1
     assert second.stderr.count("vllm-batch: ") == 1
     assert f"pid {status['pid']}" in second.stderr
-    assert stack.status()["well"], "the first is not disturbed"
+    assert stack.status_when_well()["pid"] == status["pid"], "the first is not disturbed"
 
     stopped = stack.run("down")
     assert stopped.returncode == 0
@@ -169,9 +160,9 @@ def test_the_engine_ends_with_the_stack(stack: Stack, monkeypatch: pytest.Monkey
     stack.assert_nothing_left([engine])
 
 
-def test_a_batch_goes_on_after_a_restart(stack: Stack, simulated: str) -> None:
+def test_a_batch_goes_on_after_a_restart(stack: Stack, simulated: SimulatedProcess) -> None:
     """Stopped in the middle of a chunk: its run ends, nothing is left, and the next `up` finishes the batch."""
-    stack.env["ENGINE_URL"] = simulated
+    stack.env["ENGINE_URL"] = simulated.url
     up = stack.start_and_wait()
     lines = write_lines(stack.folder / "lines.jsonl", 200)
     submitted = stack.run("submit", str(lines), "--metadata", "team=search")
@@ -184,6 +175,7 @@ def test_a_batch_goes_on_after_a_restart(stack: Stack, simulated: str) -> None:
     assert up.wait(STOP_SECONDS) == 0
     stack.assert_nothing_left(seen)
 
+    simulated.set_faults(Faults())
     stack.start_and_wait()
     watched = stack.run("watch", batch)
     assert watched.returncode == 0, watched.stderr
@@ -197,6 +189,7 @@ def test_a_batch_goes_on_after_a_restart(stack: Stack, simulated: str) -> None:
 @pytest.mark.parametrize("port", PORTS)
 def test_a_taken_port_is_one_sentence(stack: Stack, port: str) -> None:
     with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # we hold the port ourselves, without listening
         other.bind(("127.0.0.1", int(stack.env[port])))
         other.listen()
         refused = stack.run("up")

@@ -13,9 +13,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from tests.e2e.batches import TERMINAL
 from tests.faults.disks import CannotMount, small_disk
@@ -157,10 +159,12 @@ class Chaos:
     def _freeze_run(self) -> bool:
         workers = self._world.run_workers()
         for worker in workers:
-            worker.suspend()
+            with suppress(psutil.NoSuchProcess):
+                worker.suspend()
         time.sleep(STOPPED_SECONDS)
         for worker in workers:
-            worker.resume()
+            with suppress(psutil.NoSuchProcess):
+                worker.resume()
         return bool(workers)
 
     def _arm(self, choice: float) -> bool:

@@ -1,7 +1,6 @@
 """The API as a process of its own, to be killed and started again on the same state."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,18 +10,21 @@ import httpx2
 import pytest
 import yaml
 
+from tests.stack import free_ports
+from vllm_batch_dagster.failpoints import VARIABLE
 from vllm_batch_dagster.settings import PROJECT_ROOT, Settings
 
 
 class ApiProcess:
-    """`python -m api_shim` on a home of its own. Only the process is killed, never what it has stored."""
+    """`python -m api_shim` on a home of its own. Only the process is killed, never what it has stored. `points` is the
+    folder of its failpoints."""
 
     def __init__(self, folder: Path) -> None:
         catalogue = folder / "models.yaml"
         catalogue.write_text(yaml.safe_dump({"models": [{"name": "tiny", "path": "models/tiny"}]}))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_ports(1)[0]
+        self.points = folder / "failpoints"
+        self.points.mkdir()
         ours = {name.upper() for name in Settings.model_fields}
         self.home = folder / "home"
         self._environment = {name: value for name, value in os.environ.items() if name not in ours} | {
@@ -31,6 +33,7 @@ class ApiProcess:
             "API_PORT": str(self.port),
             "LOG_FORMAT": "json",
             "MAX_FILE_BYTES": "0",
+            VARIABLE: str(self.points),
         }
         self._process: subprocess.Popen[str] | None = None
 
@@ -68,7 +71,7 @@ class ApiProcess:
         self.start()
 
     def client(self) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=60, headers={"accept-encoding": "identity"})
+        return httpx2.Client(base_url=self.url, timeout=240, headers={"accept-encoding": "identity"})
 
     def visible(self) -> list[str]:
         """Names of the files of the file store. What is still arriving and what is a part is not among them."""

@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from vllm_batch_dagster.adapters.simulated import Faults, set_faults
@@ -59,9 +61,14 @@ def _after(argv: Sequence[str], option: str) -> list[str]:
 
 
 def _follow(core: "subprocess.Popen[bytes]", port: int) -> None:
-    """What is in flight learns of the core's death with the next answer that is due."""
+    """What is in flight learns of the core's death with the next answer that is due. A core may die before the API
+    server listens: it is told then."""
     core.wait()
-    set_faults(port, Faults(core_dies_after=0))
+    while True:
+        with suppress(OSError):
+            set_faults(port, Faults(core_dies_after=0))
+            return
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def kill_service(name: str) -> Fault:
     def apply(world: World, _held: Sequence[Held]) -> None:
         before = world.pid_of(name)
         kill(before)
-        assert until(lambda: world.pid_of(name) != before, 60), f"{name} was not started again"
+        assert until(lambda: world.pid_of(name) != before, HELD_SECONDS), f"{name} was not started again"
 
     return apply
 

@@ -8,7 +8,10 @@ import threading
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
+from tests.stack import free_ports
+
 _HOST = "127.0.0.1"
+_ACT_SECONDS = 120
 _BLOCK = 64 << 10
 
 
@@ -24,7 +27,7 @@ class FaultProxy:
         self._drops, self._dropped_call = 0, b""
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
-        self.port = 0
+        self.port = free_ports(1)[0]  # held: nobody else gets it while the wire is cut
         self._flows = self._do(self._make_gate())
         self._do(self._listen())
 
@@ -69,7 +72,7 @@ class FaultProxy:
         self._loop.close()
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_ACT_SECONDS)
 
     async def _make_gate(self) -> asyncio.Event:
         gate = asyncio.Event()
@@ -85,7 +88,6 @@ class FaultProxy:
     async def _listen(self) -> None:
         if self._server is None:
             self._server = await asyncio.start_server(self._serve, _HOST, self.port, backlog=1024)
-            self.port = self._server.sockets[0].getsockname()[1]
 
     async def _cut(self) -> None:
         if self._server is not None:

@@ -19,6 +19,8 @@ from vllm_batch_dagster.core.states import BatchStatus
 from vllm_batch_dagster.stages.pausing import PausePolicy
 from vllm_batch_dagster.stages.watching import DiskWatch
 
+pytestmark = pytest.mark.timeout(240)
+
 KIB = 1 << 10
 DISK_KIB = 4096
 LINES = 40
@@ -38,7 +40,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"root may not mount a tmpfs here (a container without CAP_SYS_ADMIN?): {mounted.stderr.strip()}")
     yield folder
     gc.collect()
-    subprocess.run(["umount", str(folder)], check=True)
+    # Lazily: a thread of the test that is late may still hold a file there.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def free(folder: Path) -> int:
@@ -96,12 +99,19 @@ async def test_a_disk_that_fills_up_pauses_the_batch_and_corrupts_nothing(full: 
 
 async def test_the_reserve_pauses_before_the_disk_is_full(full: Rig) -> None:
     batch_id = full.start(LINES, chunk_size=LINES)
-    watch = DiskWatch(lambda: free(full.folder), 256 * KIB, str(full.folder))
+    looks: list[int] = []
+
+    def look() -> int:
+        looks.append(free(full.folder))
+        return looks[-1]
+
+    watch = DiskWatch(look, 256 * KIB, str(full.folder))
     engine = WatchedEngine(holds=lambda line: line >= 4, window=2)
     run = asyncio.create_task(full.infer(batch_id, engine, policy=AT_ONCE, watches=[watch]))
     await until(lambda: engine.in_flight == {4, 5})
     filler = fill(full.folder, leave=200 * KIB)
-    await asyncio.sleep(0.1)  # looks pass
+    seen = len(looks)
+    await until(lambda: len(looks) >= seen + 3)  # of these the second began after the filler, and has had its effect
     engine.release()
     pause = await run
     assert isinstance(pause, Pause)
@@ -120,11 +130,12 @@ async def test_a_locked_store_pauses_the_batch(tmp_path: Path, monkeypatch: pyte
     store = open_store(f"sqlite:///{tmp_path / 'batches.db'}")
     rig.store = store  # type: ignore[assignment]
     batch_id = rig.start(6)
-    engine = WatchedEngine(holds=lambda line: line == 5, window=1)
+    engine = WatchedEngine(holds=lambda line: line == 4, window=1)
     run = asyncio.create_task(rig.infer(batch_id, engine, policy=AT_ONCE, only=[0]))
-    await until(lambda: len(engine.asked) == 5)
+    await until(lambda: engine.in_flight == {4})
     blocker = sqlite3.connect(tmp_path / "batches.db", isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
+    engine.release()
     pause = await run
     assert isinstance(pause, Pause)
     assert pause.cause is PauseCause.STORAGE

@@ -12,7 +12,9 @@ from tests.faults.kill_steps import do_step
 from tests.faults.matrix import RUN_POINTS
 
 LATER_PASS = {"chunk_start": 2, "mid_chunk": 2, "last_line": 2, "sealed": 2, "published": 3, "merging": 5}
-SECONDS = 50
+SECONDS = 120
+
+pytestmark = pytest.mark.timeout(2 * SECONDS + 60)
 
 # Forked from a server that has no threads and has imported everything: this process has threads, and a fork of it may
 # find one of their locks held for ever.

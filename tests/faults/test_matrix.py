@@ -9,7 +9,7 @@ from tests.faults.disks import CannotMount, small_disk
 from tests.faults.matrix import OWN, SOME_OWN, SOME_WIRE, WIRE, Outcome, run_cases
 from tests.faults.world import engine_behind_proxy, own_engine
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 
 def test_faults_of_our_own_processes_engine_and_disk(tmp_path: Path) -> None:

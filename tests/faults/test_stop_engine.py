@@ -24,7 +24,7 @@ from vllm_batch_dagster.core.ports import EngineManager
 from vllm_batch_dagster.core.states import BatchEvent
 from vllm_batch_dagster.settings import load_settings
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 SEQUENCES, LINES, TOKENS = 4, 40, 1500
 MODEL = "smollm2-135m-instruct"
@@ -77,7 +77,7 @@ def finished(folder: Path) -> int:
 
 async def wait_for(condition: Callable[[], bool]) -> None:
     """Wait for something that is asked over HTTP."""
-    async with asyncio.timeout(180):
+    async with asyncio.timeout(600):
         while not await asyncio.to_thread(condition):  # noqa: ASYNC110 - another process is asked
             await asyncio.sleep(0.05)
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from bench import rss
 from bench.__main__ import choose
 from bench.baseline import BenchFailed, baseline_environment, check_same_engine, engine_arguments, show_arguments
 from bench.dagster_runs import Run
 from bench.dataset import read_bodies, write_chat_file, write_padded_file, write_prompt, write_sized_file
 from bench.polling import percentile
-from bench.rss import read_peak, watch_peak
+from bench.rss import peak_of, read_peak, watch_peak
 from bench.scenarios import ONLY_BY_NAME, SCENARIOS
 from bench.scenarios.latency import PARTS, split_parts
 from bench.scenarios.orchestration import per_chunk
@@ -110,10 +111,20 @@ def test_a_process_that_has_ended_has_no_peak() -> None:
         read_peak("Name:\tpython\nState:\tZ (zombie)\n")
 
 
-def test_the_peak_of_a_child_is_its_own() -> None:
+def test_the_peak_of_a_child_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that of this process, which the kernel counts as the child's too until it is another program."""
     held = bytes(range(256)) * (1 << 20)
-    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(0.5)"])
+    child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert child.stdin is not None
+    let_go = child.stdin.close
+
+    def look(pid: int) -> float:
+        """Let it end once it has been seen."""
+        if (peak := peak_of(pid)) > 1:
+            let_go()
+        return peak
+
+    monkeypatch.setattr(rss, "peak_of", look)
     assert 1 < watch_peak(child) < len(held) / 2**20
 
 

@@ -21,9 +21,12 @@ def test_growth_is_the_most_after_a_moment_less_the_most_before() -> None:
 
 
 def test_services_and_workers_are_traced_and_the_first_chunk_is_noted() -> None:
-    worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    code = "print('up', flush=True); input()"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process = psutil.Process(worker.pid)
     try:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == b"up\n"  # by now it holds a whole interpreter
         traces = MemoryTraces({"me": os.getpid()}, lambda: process, lambda: bool(traces.workers))
         with traces:
             deadline = time.monotonic() + 30
@@ -31,7 +34,9 @@ def test_services_and_workers_are_traced_and_the_first_chunk_is_noted() -> None:
                 time.sleep(0.05)
             worker.kill()
             worker.wait()
-            time.sleep(0.3)  # a look at one that has ended
+            looks = len(traces.services["me"].samples)
+            while len(traces.services["me"].samples) < looks + 2 and time.monotonic() < deadline:
+                time.sleep(0.05)  # a whole look at one that has ended
     finally:
         worker.kill()
         worker.wait()

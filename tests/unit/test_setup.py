@@ -215,8 +215,8 @@ def test_a_second_set_up_waits_for_the_first(tmp_path: Path, monkeypatch: pytest
     with setup.hold_lock():
         second.start()
         assert not entered.wait(0.3)
-    assert entered.wait(10)
-    second.join(10)
+    assert entered.wait(50)
+    second.join()
 
 
 def test_the_first_installer_that_works_is_used_and_the_last_failure_is_told() -> None:

@@ -30,17 +30,26 @@ ODD_ANSWERS = (
 
 
 class Backwards(EchoEngine):
-    """Answers the newest of the requests in flight first."""
+    """Answers lines in pairs, of each the second one first. The last line is `last`."""
+
+    def __init__(self, last: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._answered = [asyncio.Event() for _ in range(last + 1)]
 
     async def answer(self, model: Model, request: EngineRequest) -> EngineAnswer:
-        await asyncio.sleep(0.05 - line_of(request) / 1000)
-        return await super().answer(model, request)
+        line = line_of(request)
+        if line % 2 == 0 and line + 1 < len(self._answered):
+            await self._answered[line + 1].wait()
+            await asyncio.sleep(0.01)  # so that whoever waits for the other one has it
+        answer = await super().answer(model, request)
+        self._answered[line].set()
+        return answer
 
 
 async def test_every_line_comes_out_once_and_in_order(rig: Rig) -> None:
     batch_id = rig.start(17, chunk_size=5)
     done: list[ChunkDone] = []
-    assert await rig.infer(batch_id, Backwards(window=9), done=done) is None
+    assert await rig.infer(batch_id, Backwards(16, window=9), done=done) is None
     assert sorted(chunk.index for chunk in done) == [0, 1, 2, 3]
     written = [record.line for chunk in range(4) for record in rig.journal(batch_id, chunk, 1)]
     assert written != sorted(written)  # the engine really answered out of order
@@ -59,7 +68,7 @@ async def test_lines_go_on_while_a_chunk_is_published(rig: Rig, monkeypatch: pyt
 
     def publish_slowly(attempt: attempts.ChunkAttempt, reason: str = "") -> ChunkSummary:
         if attempt.index == 0:
-            went_on.append(all_sent.wait(10))
+            went_on.append(all_sent.wait(55))
         return publish(attempt, reason)
 
     all_sent = threading.Event()
@@ -68,6 +77,7 @@ async def test_lines_go_on_while_a_chunk_is_published(rig: Rig, monkeypatch: pyt
     monkeypatch.setattr(attempts.ChunkAttempt, "publish", publish_slowly)
     done: list[ChunkDone] = []
     assert await rig.infer(batch_id, engine, done=done) is None
+    await watch
     assert went_on == [True]
     assert [chunk.index for chunk in done] == [0, 1, 2]
 
@@ -136,7 +146,7 @@ async def test_answers_are_taken_while_the_next_chunk_is_begun(rig: Rig, monkeyp
 
     def begin_slowly(batch: str, index: int, **options: Any) -> Attempt:
         if index == 1:
-            assert may_begin.wait(20)
+            assert may_begin.wait(50)
         return begin(batch, index, **options)
 
     monkeypatch.setattr(rig.store.chunks, "begin", begin_slowly)
@@ -153,11 +163,10 @@ async def test_a_chunk_is_published_while_the_next_one_runs(rig: Rig) -> None:
     batch_id = rig.start(10, chunk_size=5)
     engine, done = WatchedEngine(holds=lambda line: line >= 5, window=10), list[ChunkDone]()
     run = asyncio.create_task(rig.infer(batch_id, engine, done=done))
-    await until(lambda: done)
+    await until(lambda: done and engine.in_flight == {5, 6, 7, 8, 9})
     assert [chunk.index for chunk in done] == [0]
     assert [record.line for record in rig.journal(batch_id, 0, 1)] == [0, 1, 2, 3, 4]
     assert [chunk.is_published for chunk in rig.store.chunks.list(batch_id)] == [True, False]
-    assert engine.in_flight == {5, 6, 7, 8, 9}
     engine.release()
     await run
     assert [chunk.index for chunk in done] == [0, 1]

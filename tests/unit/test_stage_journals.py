@@ -36,7 +36,7 @@ class Disk:
 
     def write(self, descriptor: int, data: memoryview) -> int:
         self.writing.set()
-        self.gate.wait(20)
+        self.gate.wait(50)
         if self.room is None:
             return self._write(descriptor, data)
         if self.room == 0:

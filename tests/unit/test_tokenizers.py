@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
+from vllm_batch_dagster.adapters import model_facts
 from vllm_batch_dagster.adapters.chat_templates import load_template
 from vllm_batch_dagster.adapters.model_facts import LocalModelFacts, find_model_folder, read_context
 from vllm_batch_dagster.adapters.simulated import SimulatedProcess
@@ -159,7 +160,8 @@ def test_arguments_go_before_the_files(folder: Path) -> None:
         assert found.tokens == expected
 
 
-def test_a_running_server_goes_before_everything(folder: Path) -> None:
+def test_a_running_server_goes_before_everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_facts, "ASK_SECONDS", 50.0)
     with SimulatedProcess("--model", "tiny", "--max-model-len", "77") as engine:
         facts = LocalModelFacts(folder / "engine", engine_url=engine.url)
         found = facts.context(Model("tiny", str(folder), args=("--max-model-len", "24")))
@@ -197,6 +199,7 @@ def test_a_counter_is_loaded_once_and_few_are_kept(folder: Path, tmp_path: Path)
     assert facts.counter(Model("m", str(folder))) is not first
 
 
+@pytest.mark.timeout(180)
 def test_neither_the_api_nor_the_graph_imports_the_library() -> None:
     code = (
         "import sys, api_shim.server, vllm_batch_dagster.definitions\n"

@@ -17,6 +17,8 @@ SECRETS = [new_signing_secret(lambda count, start=start: bytes(range(start, star
 LOOPBACK = read_allowed_hosts("127.0.0.1")
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
+TLS_HELLO = b"\x16\x03"
+
 
 @dataclass
 class Script:
@@ -57,6 +59,8 @@ class Script:
             if not data:
                 return
             received += data
+            if received.startswith(TLS_HELLO):
+                return  # to one that speaks plain HTTP: no reason to let the client wait
         self.requests.append(received)
         if callable(self.answer):
             self.answer(connection)

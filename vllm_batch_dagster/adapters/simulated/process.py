@@ -18,7 +18,9 @@ from vllm_batch_dagster.adapters.simulated.faults import VARIABLE, Faults
 _MODULE = "vllm_batch_dagster.adapters.simulated"
 _ROOT = Path(__file__).resolve().parents[3]
 _HOST = "127.0.0.1"
-_READY_SECONDS = 30.0
+# Long: a machine that others use too may give a new process no time for a while.
+_READY_SECONDS = 120.0
+_ANSWER_SECONDS = 60.0
 
 
 def simulated_command(*options: str) -> tuple[str, ...]:
@@ -48,7 +50,9 @@ class SimulatedProcess:
         self._environment = {} if faults is None else {VARIABLE: json.dumps(msgspec.to_builtins(faults))}
         self._witness = witness
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        # Held for as long as we are there: nobody else is given the port before the start, or between two of them.
+        self._held = _hold_port()
+        self.port = int(self._held.getsockname()[1])
 
     @property
     def url(self) -> str:
@@ -60,6 +64,7 @@ class SimulatedProcess:
 
     def __exit__(self, _type: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None) -> None:
         self.kill()
+        self._held.close()
 
     def start(self) -> None:
         """Start it, again on the same port after `kill`. Raises TimeoutError when it does not answer /health."""
@@ -100,10 +105,12 @@ class SimulatedProcess:
         return _call(self.port, "GET" if raw is None else "POST", path, raw)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
+def _hold_port() -> socket.socket:
+    """Return a socket that is bound and does not listen: a server that sets SO_REUSEADDR too can listen beside it."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((_HOST, 0))
+    return held
 
 
 def _wait_ready(port: int, process: subprocess.Popen[bytes]) -> None:
@@ -122,7 +129,7 @@ def _is_healthy(port: int) -> bool:
 
 
 def _call(port: int, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(_HOST, port, timeout=10)
+    connection = http.client.HTTPConnection(_HOST, port, timeout=_ANSWER_SECONDS)
     try:
         connection.request(method, path, body)
         response = connection.getresponse()
