@@ -64,11 +64,13 @@ class CheckedRunLauncher(DefaultRunLauncher):
         with the worker, and every launch waits there too while that lock is not had.
         """
         address = _server_address(run)
-        worker = self.worker_start(run) if address is not None and address["host"] in LOOPBACK else None
+        if address is None:
+            return self._miss(run, self._limit)
+        worker = self.worker_start(run) if address["host"] in LOOPBACK else None
         if worker is not None and is_running(*worker):
             return self._forgive(run)
-        claim = _ask_server(run, address) if address is not None else False
-        if claim and address is not None and (worker is None or not listens_here(address["port"])):
+        claim = _ask_server(run, address)
+        if claim and (worker is None or not listens_here(address["port"])):
             return self._forgive(run)
         return self._miss(run, self._limit if claim is not None else max(self._limit, PATIENT_MISSES))
 
