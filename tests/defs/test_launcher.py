@@ -228,6 +228,10 @@ class Machine:
     def start_daemon(self) -> subprocess.Popen[bytes]:
         return self.start("dagster._daemon", "run", "-w", str(PROJECT_ROOT / "workspace.yaml"))
 
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Ask for a run."""
+        return self.start("dagster", "job", "launch", "-w", str(PROJECT_ROOT / "workspace.yaml"), "-j", "endless_job")
+
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """SIGKILL a process and everything in its group: what a crash of the machine does."""
         os.killpg(process.pid, signal.SIGKILL)
@@ -284,7 +288,7 @@ def test_a_run_that_died_with_its_code_server_is_retried(machine: Machine, monke
         assert instance.all_instigator_state() == []
         code = machine.start_code_server()
         machine.start_daemon()
-        machine.start("dagster", "job", "launch", "-w", str(PROJECT_ROOT / "workspace.yaml"), "-j", "endless_job")
+        machine.launch()
 
         wait_for(lambda: statuses(instance) == ["STARTED"])
         assert worker_pid(instance) in [child.pid for child in psutil.Process(code.pid).children()]
@@ -296,6 +300,25 @@ def test_a_run_that_died_with_its_code_server_is_retried(machine: Machine, monke
         wait_for(lambda: statuses(instance) == ["FAILURE", "STARTED"])
         first, second = reversed(instance.get_runs())
         assert second.parent_run_id == first.run_id
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_is_due_while_its_code_server_is_away_waits_for_it(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", machine.env["DAGSTER_HOME"])
+    with DagsterInstance.get() as instance:
+        code = machine.start_code_server()
+        machine.launch().wait()
+        assert statuses(instance) == ["QUEUED"]
+        machine.kill(code)
+        machine.start_daemon()
+        (run,) = instance.get_runs()
+        wait_for(lambda: any("re-submitting" in str(entry.message) for entry in instance.all_logs(run.run_id)))
+        machine.start_code_server()
+
+        wait_for(lambda: statuses(instance) == ["STARTED"])
 
 
 def worker_pid(instance: DagsterInstance) -> int:
@@ -319,7 +342,7 @@ def test_a_run_is_retried_whose_code_server_no_longer_looks_after_it(
         assert instance.all_instigator_state() == []
         machine.start_code_server()
         machine.start_daemon()
-        machine.start("dagster", "job", "launch", "-w", str(PROJECT_ROOT / "workspace.yaml"), "-j", "endless_job")
+        machine.launch()
         wait_for(lambda: statuses(instance) == ["STARTED"])
 
         worker = worker_pid(instance)
