@@ -54,8 +54,15 @@ def service(
 
 
 def run_until(supervisor: Supervisor, signals: Signals, is_done: Callable[[], bool]) -> str | None:
-    """Run until `is_done` and then send one signal."""
-    thread = threading.Thread(target=lambda: (wait_until(is_done, PATIENCE_SECONDS), signals.raise_one()))
+    """Run until `is_done`, or it fails, and then send one signal."""
+
+    def watch() -> None:
+        try:
+            wait_until(is_done, PATIENCE_SECONDS)
+        finally:
+            signals.raise_one()
+
+    thread = threading.Thread(target=watch)
     thread.start()
     failure = supervisor.run()
     thread.join()

@@ -61,8 +61,9 @@ def test_a_service_that_hangs_is_killed_and_started_again(stack: Stack, signals:
 
     def hang_once() -> bool:
         if supervisor.is_ready and not hanging:
-            hanging.append(supervisor.records()[0].pid)
-            os.kill(hanging[0], signal.SIGSTOP)
+            pid = supervisor.records()[0].pid
+            os.kill(pid, signal.SIGSTOP)
+            hanging.append(pid)  # last: from here on it may be killed at any moment
         return supervisor.is_ready and supervisor.records()[0].pid not in hanging
 
     assert run_until(supervisor, signals, hang_once) is None
