@@ -1,10 +1,10 @@
 """Ports for servers of the tests: nobody else gets one between the choice of it and the start of its server."""
 
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
-HOST = "127.0.0.1"
+from vllm_batch_dagster.adapters.simulated.process import hold_port
+
 HIGHEST = (1 << 16) - 1
 
 
@@ -18,24 +18,13 @@ def hold_ports(count: int, beside: int = 0) -> Iterator[Sequence[int]]:
     found: list[int] = []
     with ExitStack() as held:
         while len(found) < count:
-            port = held.enter_context(_bind(0)).getsockname()[1]
+            port = held.enter_context(hold_port()).getsockname()[1]
             if beside:
                 if port + beside > HIGHEST:
                     continue
                 with suppress(OSError):
-                    held.enter_context(_bind(port + beside))
+                    held.enter_context(hold_port(port + beside))
                     found.append(port)
             else:
                 found.append(port)
         yield found
-
-
-def _bind(port: int) -> socket.socket:
-    bound = socket.socket()
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((HOST, port))
-    except OSError:
-        bound.close()
-        raise
-    return bound

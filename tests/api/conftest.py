@@ -27,7 +27,6 @@ from vllm_batch_dagster.settings import Settings
 
 # Long ones: on a machine that others use too, a process may get no time for a while.
 PATIENCE_SECONDS = 60
-TEST_SECONDS = 240
 
 MODEL = Model(name="tiny", path="models/tiny", aliases=("tiny-latest",))
 
@@ -46,13 +45,6 @@ EVENTS_TO = {
     "cancelling": (BatchEvent.PLANNED, BatchEvent.CANCEL),
     "cancelled": (BatchEvent.PLANNED, BatchEvent.CANCEL, BatchEvent.STOPPED),
 }
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Many of these tests wait for a server, a command or a client."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -23,19 +23,11 @@ from vllm_batch_dagster.adapters.store import SqlStore, open_store, schema
 
 # Long ones: on a machine that others use too, a process may get no time for a while.
 START_SECONDS = 120
-TEST_SECONDS = 240
 # Durability of the server is not what is tested here; without these each test database would cost a second. What
 # autovacuum notes of the tables would decide on plans, once a minute.
 FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=100", "autovacuum=off")
 
 Store = MemoryStore | SqlStore
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Most of these tests have processes to wait for, and the first of them the start of the servers."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 class Postgres:

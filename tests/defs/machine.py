@@ -2,16 +2,17 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.stack import free_ports
+from tests.stack import free_ports, wait_for
+from vllm_batch_dagster.cli.readiness import accepts_connections
 from vllm_batch_dagster.settings import PROJECT_ROOT
+
+PATIENCE_SECONDS = 280
 
 GRAPH = """
 import time
@@ -71,7 +72,7 @@ class Machine:
 
     def start_code_server(self) -> subprocess.Popen[bytes]:
         server = self.start("dagster", "api", "grpc", "-f", str(self.graph), "-h", "127.0.0.1", "-p", str(self.port))
-        wait_for(lambda: answers(self.port))
+        wait_for(lambda: accepts_connections("127.0.0.1", self.port), PATIENCE_SECONDS)
         return server
 
     def start_daemon(self) -> subprocess.Popen[bytes]:
@@ -102,18 +103,3 @@ class Machine:
         for process in self.processes:
             if process.poll() is None:
                 self.kill(process)
-
-
-def answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
-    return True
-
-
-def wait_for(is_true: Callable[[], bool], seconds: float = 280) -> None:
-    end = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.2)

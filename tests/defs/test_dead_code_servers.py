@@ -9,7 +9,8 @@ import psutil
 import pytest
 from dagster import DagsterInstance
 
-from tests.defs.machine import Machine, wait_for
+from tests.defs.machine import PATIENCE_SECONDS, Machine
+from tests.stack import wait_for
 from vllm_batch_dagster.defs.launcher import DEFAULT_MISSES, CheckedRunLauncher
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -33,14 +34,14 @@ def test_a_run_that_died_with_its_code_server_is_retried(machine: Machine, monke
         machine.start_daemon()
         machine.launch()
 
-        wait_for(lambda: statuses(instance) == ["STARTED"])
+        wait_for(lambda: statuses(instance) == ["STARTED"], PATIENCE_SECONDS)
         assert worker_pid(instance) in [child.pid for child in psutil.Process(code.pid).children()]
         machine.kill(code)
         checks = machine.health_checks()
-        wait_for(lambda: machine.health_checks() > checks + DEFAULT_MISSES)
+        wait_for(lambda: machine.health_checks() > checks + DEFAULT_MISSES, PATIENCE_SECONDS)
         machine.start_code_server()
 
-        wait_for(lambda: statuses(instance) == ["FAILURE", "STARTED"])
+        wait_for(lambda: statuses(instance) == ["FAILURE", "STARTED"], PATIENCE_SECONDS)
         first, second = reversed(instance.get_runs())
         assert second.parent_run_id == first.run_id
 
@@ -56,10 +57,13 @@ def test_a_run_that_is_due_while_its_code_server_is_away_waits_for_it(
         machine.kill(code)
         machine.start_daemon()
         (run,) = instance.get_runs()
-        wait_for(lambda: any("re-submitting" in str(entry.message) for entry in instance.all_logs(run.run_id)))
+        wait_for(
+            lambda: any("re-submitting" in str(entry.message) for entry in instance.all_logs(run.run_id)),
+            PATIENCE_SECONDS,
+        )
         machine.start_code_server()
 
-        wait_for(lambda: statuses(instance) == ["STARTED"])
+        wait_for(lambda: statuses(instance) == ["STARTED"], PATIENCE_SECONDS)
 
 
 def worker_pid(instance: DagsterInstance) -> int:
@@ -82,14 +86,16 @@ def test_a_run_is_retried_whose_code_server_no_longer_looks_after_it(
         machine.start_code_server()
         machine.start_daemon()
         machine.launch()
-        wait_for(lambda: statuses(instance) == ["STARTED"])
+        wait_for(lambda: statuses(instance) == ["STARTED"], PATIENCE_SECONDS)
 
         worker = worker_pid(instance)
         with machine.without_storage():
             os.kill(worker, signal.SIGKILL)
-            wait_for(lambda: "Exception in thread grpc-server-cleanup" in machine.log_of(0).read_text())
+            wait_for(
+                lambda: "Exception in thread grpc-server-cleanup" in machine.log_of(0).read_text(), PATIENCE_SECONDS
+            )
 
-        wait_for(lambda: statuses(instance) == ["FAILURE", "STARTED"])
+        wait_for(lambda: statuses(instance) == ["FAILURE", "STARTED"], PATIENCE_SECONDS)
 
 
 def statuses(instance: DagsterInstance) -> list[str]:

@@ -22,9 +22,6 @@ from vllm_batch_dagster.core.deliveries import new_delivery
 from vllm_batch_dagster.core.ports import OutboxEvent
 from vllm_batch_dagster.settings import PROJECT_ROOT
 
-# Programs that a machine with little time for them runs slowly.
-pytestmark = pytest.mark.timeout(240)
-
 API = "http://localhost:4080"
 
 

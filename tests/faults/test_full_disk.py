@@ -19,8 +19,6 @@ from vllm_batch_dagster.core.states import BatchStatus
 from vllm_batch_dagster.stages.pausing import PausePolicy
 from vllm_batch_dagster.stages.watching import DiskWatch
 
-pytestmark = pytest.mark.timeout(240)
-
 KIB = 1 << 10
 DISK_KIB = 4096
 LINES = 40

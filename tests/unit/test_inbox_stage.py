@@ -288,7 +288,6 @@ def inboxes(tmp_path: Path) -> Iterator[Callable[[int], Inbox]]:
     return make
 
 
-@pytest.mark.timeout(240)
 def test_whatever_dies_a_file_is_one_batch_and_ends_once(inboxes: Callable[[int], Inbox]) -> None:
     effect, deaths = 0, True
     while deaths:

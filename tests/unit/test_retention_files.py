@@ -30,7 +30,6 @@ class TestFiles:
         assert (report.bytes_freed, report.of(Kind.EXPIRED_FILES).names) == (10, [gone])
         assert house.stored() == house.recorded() == set(stays)
 
-    @pytest.mark.timeout(240)
     def test_more_than_a_page(self, house: House) -> None:
         for _ in range(3):
             house.rig.upload(b"x", expires_at=1)

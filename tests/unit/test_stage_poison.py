@@ -92,7 +92,6 @@ def assert_isolated(rig: Rig, batch_id: str, engine: Mortal, total: int) -> None
     assert not rig.workspace.suspects_path(batch_id).exists()
 
 
-@pytest.mark.timeout(240)
 @given(st.data())
 @settings(max_examples=40)
 def test_every_poison_line_is_isolated_and_the_rest_answered_once(data: st.DataObject) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -187,7 +186,6 @@ class Flaky(WatchedEngine):
         return says(GOOD if seed >= flaws else f'{{"seed":{seed}}}')
 
 
-@pytest.mark.timeout(240)
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 8))
 @settings(max_examples=25)
 def test_the_same_output_after_any_deaths(deaths: list[int], window: int) -> None:

@@ -3,8 +3,6 @@
 import gc
 import tracemalloc
 
-import pytest
-
 from tests.unit.conftest import CHAT, Rig
 from vllm_batch_dagster.core.states import BatchStatus
 
@@ -12,7 +10,6 @@ LINES = 100_000
 PEAK_BYTES = 4 << 20  # the index's write buffer (1 MiB), the bit table (512 KiB), a few thousand suspects
 
 
-@pytest.mark.timeout(240)
 def test_a_file_of_100_000_lines_in_bounded_memory(rig: Rig) -> None:
     pad = "x" * 60
     content = "".join(

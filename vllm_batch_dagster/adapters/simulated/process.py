@@ -51,7 +51,7 @@ class SimulatedProcess:
         self._witness = witness
         self._process: subprocess.Popen[bytes] | None = None
         # Held for as long as we are there: nobody else is given the port before the start, or between two of them.
-        self._held = _hold_port()
+        self._held = hold_port()
         self.port = int(self._held.getsockname()[1])
 
     @property
@@ -105,11 +105,16 @@ class SimulatedProcess:
         return _call(self.port, "GET" if raw is None else "POST", path, raw)
 
 
-def _hold_port() -> socket.socket:
-    """Return a socket that is bound and does not listen: a server that sets SO_REUSEADDR too can listen beside it."""
+def hold_port(port: int = 0) -> socket.socket:
+    """Return a socket that is bound to `port`, by default any free one, and does not listen: a server that sets
+    SO_REUSEADDR too can listen beside it. Raises OSError when the port is taken."""
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind((_HOST, 0))
+    try:
+        held.bind((_HOST, port))
+    except OSError:
+        held.close()
+        raise
     return held
 
 
